@@ -1,0 +1,1 @@
+//! Data: from text files to packed, memory-mapped token sequences.
