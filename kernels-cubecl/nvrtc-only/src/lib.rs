@@ -4,8 +4,8 @@
 //! `cubecl-cuda` depends on it even when the feature `cpp` selects the CUDA C++ route through NVRTC.
 //! Deepburn always takes that route, so this compiler answers every request with an error that says so.
 
-use cubecl_common::backtrace::BackTrace;
 use cubecl_core::{ir::nvidia::SmArch, prelude::KernelDefinition};
+use cubecl_environment::backtrace::BackTrace;
 use cubecl_server::{
     compiler::{CompilationError, Compiler},
     kernel::BufferIOAttr,
@@ -63,6 +63,15 @@ pub enum PlironArtifact {
     Absent,
     /// A PTX module.
     NvptxCode(NvptxModule),
+}
+
+impl core::fmt::Display for PlironArtifact {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Absent => Ok(()),
+            Self::NvptxCode(module) => f.write_str(&module.ir),
+        }
+    }
 }
 
 impl Compiler for PlironCompiler {

@@ -1,0 +1,169 @@
+//! The movement of tokens on the CPU.
+
+use burn::backend::{
+    Flex,
+    tensor::{FloatTensor, IntTensor},
+};
+use rayon::prelude::*;
+
+use super::{PermuteGrad, PermuteOps};
+use crate::flex::{
+    FlexFloat, Scalar, contiguous, dims, elements, float_tensor, indices, int_tensor, with_scalar,
+};
+
+impl PermuteOps for Flex {
+    fn sort_by_expert(
+        chosen: IntTensor<Self>,
+        experts: usize,
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        let chosen = indices(&chosen);
+        let mut counts = vec![0i32; experts];
+        for &expert in &chosen {
+            counts[expert] += 1;
+        }
+        let mut next: Vec<i32> = counts
+            .iter()
+            .scan(0, |offset, count| {
+                let start = *offset;
+                *offset += count;
+                Some(start)
+            })
+            .collect();
+        let mut order = vec![0i32; chosen.len()];
+        let mut slots = Vec::with_capacity(chosen.len());
+        for (pair, &expert) in chosen.iter().enumerate() {
+            order[next[expert] as usize] = pair as i32;
+            slots.push(next[expert]);
+            next[expert] += 1;
+        }
+        let pairs = chosen.len();
+        (
+            int_tensor(order, [pairs]),
+            int_tensor(slots, [pairs]),
+            int_tensor(counts, [experts]),
+        )
+    }
+
+    fn permute_rows(
+        x: FloatTensor<Self>,
+        order: IntTensor<Self>,
+        slots: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [_, k] = dims(&slots);
+        let (x, order) = (contiguous(x), indices(&order));
+        with_scalar!(x, T => fill_rows(&x, order.len(), |values: &[T], width, row, out| {
+            out.copy_from_slice(row_of(values, width, order[row] / k));
+        }))
+    }
+
+    fn combine_rows(
+        y: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        _order: IntTensor<Self>,
+        slots: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [tokens, k] = dims(&slots);
+        let (y, weights, slots) = (contiguous(y), contiguous(weights), indices(&slots));
+        with_scalar!(y, T => {
+            let weights = elements::<T>(&weights);
+            fill_rows(&y, tokens, |values: &[T], width, token, out| {
+                for pair in token * k..(token + 1) * k {
+                    add_scaled(out, row_of(values, width, slots[pair]), weights[pair]);
+                }
+            })
+        })
+    }
+}
+
+impl PermuteGrad for Flex {
+    fn permute_rows_grad(grad: FloatTensor<Self>, slots: IntTensor<Self>) -> FloatTensor<Self> {
+        let [tokens, k] = dims(&slots);
+        let (grad, slots) = (contiguous(grad), indices(&slots));
+        with_scalar!(grad, T => fill_rows(&grad, tokens, |values: &[T], width, token, out| {
+            for &slot in &slots[token * k..(token + 1) * k] {
+                add_scaled(out, row_of(values, width, slot), T::ONE);
+            }
+        }))
+    }
+
+    fn combine_rows_grad(
+        grad: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        order: IntTensor<Self>,
+        slots: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let [tokens, k] = dims(&slots);
+        let (grad, y, weights) = (contiguous(grad), contiguous(y), contiguous(weights));
+        let (order, slots) = (indices(&order), indices(&slots));
+        with_scalar!(y, T => {
+            let [_, width] = dims(&y);
+            let (y, weights) = (elements::<T>(&y), elements::<T>(&weights));
+            let grad_y = fill_rows(&grad, order.len(), |values: &[T], width, row, out| {
+                let pair = order[row];
+                add_scaled(out, row_of(values, width, pair / k), weights[pair]);
+            });
+            let grad = elements::<T>(&grad);
+            let mut grad_weights = vec![T::ZERO; tokens * k];
+            grad_weights.par_chunks_mut(k).enumerate().for_each(|(token, out)| {
+                let grad = row_of(grad, width, token);
+                for (out, &slot) in out.iter_mut().zip(&slots[token * k..]) {
+                    *out = dot(grad, row_of(y, width, slot));
+                }
+            });
+            (grad_y, float_tensor(grad_weights, [tokens, k]))
+        })
+    }
+}
+
+/// A tensor of `rows` rows of the width of `source`, each filled by `fill(source, width, row, out)`.
+fn fill_rows<T: Scalar>(
+    source: &FlexFloat,
+    rows: usize,
+    fill: impl Fn(&[T], usize, usize, &mut [T]) + Sync,
+) -> FlexFloat {
+    /// Rows per task: enough work to be worth handing to another thread.
+    const CHUNK: usize = 64;
+    let [_, width] = dims(source);
+    let values = elements::<T>(source);
+    let mut out = vec![T::ZERO; rows * width];
+    out.par_chunks_mut((CHUNK * width).max(1))
+        .enumerate()
+        .for_each(|(chunk, out)| {
+            for (offset, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
+                fill(values, width, chunk * CHUNK + offset, out);
+            }
+        });
+    float_tensor(out, [rows, width])
+}
+
+fn row_of<T>(values: &[T], width: usize, row: usize) -> &[T] {
+    &values[row * width..(row + 1) * width]
+}
+
+fn add_scaled<T: Scalar>(out: &mut [T], row: &[T], scale: T) {
+    for (out, &value) in out.iter_mut().zip(row) {
+        *out += scale * value;
+    }
+}
+
+/// A dot product in eight interleaved sums: a fixed order that the compiler can keep in one vector register.
+fn dot<T: Scalar>(a: &[T], b: &[T]) -> T {
+    const LANES: usize = 8;
+    let mut sums = [T::ZERO; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
+    for (a, b) in a_chunks.zip(b_chunks.clone()) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    let mut total = T::ZERO;
+    for sum in sums {
+        total += sum;
+    }
+    for (&a, &b) in rest {
+        total += a * b;
+    }
+    total
+}
