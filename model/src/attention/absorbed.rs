@@ -1,0 +1,52 @@
+//! Attention over the cached latents themselves: the form for decoding.
+//!
+//! With W_UK and W_UV the parts of `kv_b_proj` that make keys and values, a score is q (W_UK c) = (q W_UK) c, and
+//! an output is W_UV (sum p c). The products in brackets are per query, so keys and values are never built and a
+//! step reads C + R numbers per cached token, whatever the number of heads.
+
+use burn::tensor::{Tensor, activation::softmax};
+
+use super::{Attention, AttentionMask, LayerCache};
+use crate::rope::RopeTables;
+
+impl Attention {
+    /// Appends the latents of `x` to the cache and attends over all of it.
+    ///
+    /// # Shapes
+    /// - `x`: `[B, T, D]`, the tokens after those in the cache; as the result
+    pub fn absorbed(&self, x: Tensor<3>, rope: &RopeTables, cache: &mut LayerCache) -> Tensor<3> {
+        let [batch, length, _] = x.dims();
+        let (q_nope, q_pe) = self.queries(x.clone(), rope);
+        let (c_kv, k_pe) = self.latents(x, rope);
+        let (c_kv, k_pe) = cache.append(c_kv, k_pe); // [B, S, C], [B, S, R]
+        let [_, cached, latent] = c_kv.dims();
+        let up = self
+            .kv_b_proj
+            .weight
+            .val()
+            .reshape([latent, self.heads, self.nope + self.value]);
+        let w_uk = up
+            .clone()
+            .narrow(2, 0, self.nope)
+            .permute([1, 2, 0])
+            .unsqueeze::<4>(); // [1, H, N, C]
+        let w_uv = up
+            .narrow(2, self.nope, self.value)
+            .permute([1, 0, 2])
+            .unsqueeze::<4>(); // [1, H, C, V]
+        let c_kv = c_kv.unsqueeze_dim::<4>(1); // [B, 1, S, C]
+        let k_pe = k_pe.unsqueeze_dim::<4>(1);
+
+        let q_latent = q_nope.swap_dims(1, 2).matmul(w_uk); // [B, H, T, C]
+        let scores = q_latent.matmul(c_kv.clone().transpose())
+            + q_pe.swap_dims(1, 2).matmul(k_pe.transpose()); // [B, H, T, S]
+        let scores = if length > 1 {
+            AttentionMask::causal(length, cached, &scores.device()).apply(scores)
+        } else {
+            scores
+        };
+        let out = softmax(scores, 3).matmul(c_kv).matmul(w_uv).swap_dims(1, 2); // [B, T, H, V]
+        self.o_proj
+            .forward(out.reshape([batch, length, self.heads * self.value]))
+    }
+}

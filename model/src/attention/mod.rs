@@ -1,0 +1,251 @@
+//! Multi-head latent attention, MLA (report section 2.1.1).
+//!
+//! Keys and values of all heads come from one latent vector per token, c_kv, plus one rotated key that the heads
+//! share. Two forms compute the same: [`expanded`] builds keys and values for training, [`absorbed`] multiplies
+//! the up-projections into queries and outputs, so that decoding reads nothing but the cached latents.
+
+mod absorbed;
+mod cache;
+mod expanded;
+
+use burn::{
+    module::Module,
+    nn::Linear,
+    tensor::{Bool, Device, Int, Tensor},
+};
+
+pub use cache::{LatentCache, LayerCache};
+
+use crate::{
+    config::ModelConfig,
+    init::Initializer,
+    mlp::linear,
+    norm::RmsNorm,
+    rope::{Rope, RopeTables},
+};
+
+/// The latent norms have this epsilon whatever the configuration says, as upstream.
+const LATENT_NORM_EPSILON: f64 = 1e-6;
+
+/// One layer's attention.
+#[derive(Module, Debug)]
+pub struct Attention {
+    query: QueryProjection,
+    /// Latent and shared key, `[D, C + R]`.
+    pub kv_a_proj_with_mqa: Linear,
+    /// Norm of the latent. `[C]`
+    pub kv_a_layernorm: RmsNorm,
+    /// Keys without position and values of all heads, `[C, H (N + V)]`.
+    pub kv_b_proj: Linear,
+    /// Output projection, `[H V, D]`.
+    pub o_proj: Linear,
+    heads: usize,
+    nope: usize,
+    rope: usize,
+    value: usize,
+    softmax_scale: f64,
+}
+
+/// How queries are made.
+#[derive(Module, Debug)]
+pub enum QueryProjection {
+    /// One matrix, where `q_lora_rank` is null.
+    Direct(DirectQuery),
+    /// Through a latent of `q_lora_rank` (equations 6 to 8).
+    LowRank(LowRankQuery),
+}
+
+/// Queries by one matrix.
+#[derive(Module, Debug)]
+pub struct DirectQuery {
+    /// `[D, H (N + R)]`
+    pub q_proj: Linear,
+}
+
+/// Queries through a latent.
+#[derive(Module, Debug)]
+pub struct LowRankQuery {
+    /// `[D, Q]`
+    pub q_a_proj: Linear,
+    /// `[Q]`
+    pub q_a_layernorm: RmsNorm,
+    /// `[Q, H (N + R)]`
+    pub q_b_proj: Linear,
+}
+
+impl QueryProjection {
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        match self {
+            Self::Direct(query) => query.q_proj.forward(x),
+            Self::LowRank(query) => query
+                .q_b_proj
+                .forward(query.q_a_layernorm.forward(query.q_a_proj.forward(x))),
+        }
+    }
+}
+
+impl Attention {
+    /// One layer's attention for a model of the given shape.
+    pub fn new(config: &ModelConfig, init: Initializer) -> Self {
+        let (hidden, heads) = (config.hidden_size, config.num_attention_heads);
+        let query_width = heads * config.qk_head_dim();
+        let query = match config.q_lora_rank {
+            None => QueryProjection::Direct(DirectQuery {
+                q_proj: linear(hidden, query_width, init.child("q_proj")),
+            }),
+            Some(rank) => QueryProjection::LowRank(LowRankQuery {
+                q_a_proj: linear(hidden, rank, init.child("q_a_proj")),
+                q_a_layernorm: latent_norm(rank, init.child("q_a_layernorm")),
+                q_b_proj: linear(rank, query_width, init.child("q_b_proj")),
+            }),
+        };
+        let latent = config.kv_lora_rank;
+        let key_value = heads * (config.qk_nope_head_dim + config.v_head_dim);
+        Self {
+            query,
+            kv_a_proj_with_mqa: linear(
+                hidden,
+                config.cache_width(),
+                init.child("kv_a_proj_with_mqa"),
+            ),
+            kv_a_layernorm: latent_norm(latent, init.child("kv_a_layernorm")),
+            kv_b_proj: linear(latent, key_value, init.child("kv_b_proj")),
+            o_proj: linear(heads * config.v_head_dim, hidden, init.child("o_proj")),
+            heads,
+            nope: config.qk_nope_head_dim,
+            rope: config.qk_rope_head_dim,
+            value: config.v_head_dim,
+            softmax_scale: Rope::new(config).softmax_scale,
+        }
+    }
+
+    /// Queries, scaled for the softmax: without position `[B, T, H, N]` and rotated `[B, T, H, R]`.
+    fn queries(&self, x: Tensor<3>, rope: &RopeTables) -> (Tensor<4>, Tensor<4>) {
+        let [batch, length, _] = x.dims();
+        let q = self
+            .query
+            .forward(x)
+            .mul_scalar(self.softmax_scale)
+            .reshape([batch, length, self.heads, self.nope + self.rope]);
+        let q_nope = q.clone().narrow(3, 0, self.nope);
+        (q_nope, rope.rotate(q.narrow(3, self.nope, self.rope)))
+    }
+
+    /// What the cache holds of `x`: the normed latent `[B, T, C]` and the rotated shared key `[B, T, R]`.
+    pub fn latents(&self, x: Tensor<3>, rope: &RopeTables) -> (Tensor<3>, Tensor<3>) {
+        let [batch, length, _] = x.dims();
+        let kv = self.kv_a_proj_with_mqa.forward(x);
+        let latent = kv.dims()[2] - self.rope;
+        let c_kv = self.kv_a_layernorm.forward(kv.clone().narrow(2, 0, latent));
+        let k_pe = kv
+            .narrow(2, latent, self.rope)
+            .reshape([batch, length, 1, self.rope]);
+        (c_kv, rope.rotate(k_pe).reshape([batch, length, self.rope]))
+    }
+}
+
+fn latent_norm(size: usize, init: Initializer) -> RmsNorm {
+    RmsNorm::new(size, LATENT_NORM_EPSILON, init)
+}
+
+/// Which keys a query must not see.
+#[derive(Clone, Debug)]
+pub struct AttentionMask {
+    hidden: Tensor<4, Bool>, // [B or 1, 1, T, S]
+}
+
+impl AttentionMask {
+    /// Each of the last `queries` of `keys` positions sees itself and what is before it.
+    pub fn causal(queries: usize, keys: usize, device: &Device) -> Self {
+        let at = |length: usize, start: usize| {
+            Tensor::<1, Int>::arange(start as i64..(start + length) as i64, device)
+        };
+        let query = at(queries, keys - queries).reshape([1, 1, queries, 1]);
+        let key = at(keys, 0).reshape([1, 1, 1, keys]);
+        let shape = [1, 1, queries, keys];
+        Self {
+            hidden: key.expand(shape).greater(query.expand(shape)),
+        }
+    }
+
+    /// As [`AttentionMask::causal`], and nothing of an earlier document is seen.
+    ///
+    /// # Shapes
+    /// - `documents`: `[B, T]`, a number per token that differs between neighbouring documents
+    pub fn within_documents(documents: Tensor<2, Int>) -> Self {
+        let [batch, length] = documents.dims();
+        let shape = [batch, 1, length, length];
+        let query = documents
+            .clone()
+            .reshape([batch, 1, length, 1])
+            .expand(shape);
+        let key = documents
+            .clone()
+            .reshape([batch, 1, 1, length])
+            .expand(shape);
+        let causal = Self::causal(length, length, &documents.device())
+            .hidden
+            .expand(shape);
+        Self {
+            hidden: causal.bool_or(query.not_equal(key)),
+        }
+    }
+
+    fn apply(&self, scores: Tensor<4>) -> Tensor<4> {
+        let shape = scores.dims();
+        scores.mask_fill(self.hidden.clone().expand(shape), f32::NEG_INFINITY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Distribution, Tolerance};
+
+    use super::*;
+    use crate::config::tests::tiny;
+
+    /// The two forms, whole and in pieces, agree. Sums of at most 32 products of numbers around one: 1e-5 is
+    /// some 80 units in the last place.
+    #[test]
+    fn absorbed_equals_expanded_in_pieces_and_whole() {
+        let device = Device::flex();
+        for q_lora_rank in [None, Some(16)] {
+            let config = ModelConfig {
+                q_lora_rank,
+                ..tiny()
+            };
+            let rope = Rope::new(&config);
+            let attention = Attention::new(&config, Initializer::new(&device, 7, 0.3));
+            let x = Tensor::<3>::random([2, 9, 32], Distribution::Normal(0.0, 1.0), &device);
+            let mask = AttentionMask::causal(9, 9, &device);
+            let expected = attention.expanded(x.clone(), &rope.tables(0, 9, &device), &mask);
+            for pieces in [vec![9], vec![4, 1, 1, 3]] {
+                let mut cache = LayerCache::default();
+                let mut outputs = Vec::new();
+                let mut start = 0;
+                for length in pieces {
+                    let tables = rope.tables(start, length, &device);
+                    let piece = x.clone().narrow(1, start, length);
+                    outputs.push(attention.absorbed(piece, &tables, &mut cache));
+                    start += length;
+                }
+                let close = Tolerance::<f32>::absolute(1e-5);
+                Tensor::cat(outputs, 1)
+                    .into_data()
+                    .assert_approx_eq(&expected.to_data(), close);
+            }
+        }
+    }
+
+    #[test]
+    fn document_mask_hides_earlier_documents_and_the_future() {
+        let device = Device::flex();
+        let documents = Tensor::<2, Int>::from_data([[0, 0, 1, 1]], &device);
+        let seen = AttentionMask::within_documents(documents)
+            .hidden
+            .bool_not()
+            .int();
+        let seen: Vec<i32> = seen.into_data().iter::<i32>().collect();
+        assert_eq!(seen, [1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1]);
+    }
+}

@@ -1,0 +1,111 @@
+//! One transformer layer: attention and a feed-forward part, each normed before and added to the residual stream.
+
+use burn::{module::Module, tensor::Tensor};
+
+use crate::{
+    attention::{Attention, AttentionMask, LayerCache},
+    config::ModelConfig,
+    init::Initializer,
+    mlp::Mlp,
+    moe::{Moe, MoeOutput},
+    norm::RmsNorm,
+    rope::RopeTables,
+};
+
+/// A transformer layer.
+#[derive(Module, Debug)]
+pub struct DecoderLayer {
+    /// Before attention.
+    pub input_layernorm: RmsNorm,
+    /// Attention.
+    pub self_attn: Attention,
+    /// Before the feed-forward part.
+    pub post_attention_layernorm: RmsNorm,
+    /// Feed-forward part.
+    pub mlp: FeedForward,
+}
+
+/// A layer's feed-forward part.
+#[derive(Module, Debug)]
+pub enum FeedForward {
+    /// In the first layers.
+    Dense(Mlp),
+    /// In all others.
+    Moe(Moe),
+}
+
+/// What a layer returns.
+#[derive(Clone, Debug)]
+pub struct LayerOutput {
+    /// The residual stream after the layer. `[B, T, D]`
+    pub hidden: Tensor<3>,
+    /// What attention added to it.
+    pub attention: Tensor<3>,
+    /// What the feed-forward part added to it.
+    pub feed_forward: Tensor<3>,
+    /// Routing and load, of a mixture-of-experts layer.
+    pub moe: Option<MoeOutput>,
+}
+
+impl DecoderLayer {
+    /// A layer; `dense` says which feed-forward part it has.
+    pub fn new(config: &ModelConfig, dense: bool, init: Initializer) -> Self {
+        let norm = |name| RmsNorm::new(config.hidden_size, config.rms_norm_eps, init.child(name));
+        let mlp = init.child("mlp");
+        Self {
+            input_layernorm: norm("input_layernorm"),
+            self_attn: Attention::new(config, init.child("self_attn")),
+            post_attention_layernorm: norm("post_attention_layernorm"),
+            mlp: if dense {
+                FeedForward::Dense(Mlp::new(config.hidden_size, config.intermediate_size, mlp))
+            } else {
+                FeedForward::Moe(Moe::new(config, mlp))
+            },
+        }
+    }
+
+    /// Applies the layer to whole sequences.
+    ///
+    /// # Shapes
+    /// - `x`: `[B, T, D]`
+    pub fn forward(&self, x: Tensor<3>, rope: &RopeTables, mask: &AttentionMask) -> LayerOutput {
+        let attention =
+            self.self_attn
+                .expanded(self.input_layernorm.forward(x.clone()), rope, mask);
+        self.feed_forward(x, attention)
+    }
+
+    /// Applies the layer to the tokens after those in the cache, and adds them to it.
+    ///
+    /// # Shapes
+    /// - `x`: `[B, T, D]`
+    pub fn forward_cached(
+        &self,
+        x: Tensor<3>,
+        rope: &RopeTables,
+        cache: &mut LayerCache,
+    ) -> LayerOutput {
+        let attention =
+            self.self_attn
+                .absorbed(self.input_layernorm.forward(x.clone()), rope, cache);
+        self.feed_forward(x, attention)
+    }
+
+    fn feed_forward(&self, x: Tensor<3>, attention: Tensor<3>) -> LayerOutput {
+        let x = x + attention.clone();
+        let normed = self.post_attention_layernorm.forward(x.clone());
+        let (feed_forward, moe) = match &self.mlp {
+            FeedForward::Dense(mlp) => (mlp.forward(normed), None),
+            FeedForward::Moe(moe) => {
+                let output = moe.forward(normed);
+                (output.hidden.clone(), Some(output))
+            }
+        };
+        LayerOutput {
+            hidden: x + feed_forward.clone(),
+            attention,
+            feed_forward,
+            moe,
+        }
+    }
+}

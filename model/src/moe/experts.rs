@@ -1,0 +1,54 @@
+//! The routed experts of one layer: MATHS. One grouped matrix product per projection, no loop over tokens.
+
+use burn::{
+    module::{Module, Param},
+    tensor::{Int, Tensor, activation::silu},
+};
+use deepburn_kernels::grouped_gemm::grouped_matmul;
+
+use crate::{config::ModelConfig, init::Initializer};
+
+/// SwiGLU experts with their matrices stacked.
+#[derive(Module, Debug)]
+pub struct Experts {
+    /// `[E, D, F]`
+    pub gate_proj: Param<Tensor<3>>,
+    /// `[E, D, F]`
+    pub up_proj: Param<Tensor<3>>,
+    /// `[E, F, D]`
+    pub down_proj: Param<Tensor<3>>,
+}
+
+impl Experts {
+    /// The experts of one layer for a model of the given shape.
+    pub fn new(config: &ModelConfig, init: Initializer) -> Self {
+        let (experts, hidden) = (config.n_routed_experts, config.hidden_size);
+        let width = config.moe_intermediate_size;
+        Self {
+            gate_proj: init.normal("gate_proj", [experts, hidden, width]),
+            up_proj: init.normal("up_proj", [experts, hidden, width]),
+            down_proj: init.normal("down_proj", [experts, width, hidden]),
+        }
+    }
+
+    /// Experts, E.
+    pub fn len(&self) -> usize {
+        self.gate_proj.lazy_shape()[0]
+    }
+
+    /// Whether there is no expert.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Applies expert `e` to the `counts[e]` rows of its segment.
+    ///
+    /// # Shapes
+    /// - `x`: `[S, D]` in expert order, as the result
+    /// - `counts`: `[E]`
+    pub fn forward(&self, x: Tensor<2>, counts: Tensor<1, Int>) -> Tensor<2> {
+        let gate = grouped_matmul(x.clone(), self.gate_proj.val(), counts.clone());
+        let up = grouped_matmul(x, self.up_proj.val(), counts.clone());
+        grouped_matmul(silu(gate) * up, self.down_proj.val(), counts)
+    }
+}

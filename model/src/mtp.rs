@@ -1,0 +1,88 @@
+//! Multi-token prediction (report section 2.2): modules that predict further tokens, each from the one before.
+
+use burn::{module::Module, nn::Linear, tensor::Tensor};
+
+use crate::{
+    attention::AttentionMask,
+    config::ModelConfig,
+    init::Initializer,
+    layer::{DecoderLayer, LayerOutput},
+    mlp::linear,
+    norm::RmsNorm,
+    rope::RopeTables,
+};
+
+/// The module of one prediction depth. Embedding and output head are the main model's.
+#[derive(Module, Debug)]
+pub struct MtpModule {
+    /// Norm of the embedding.
+    pub enorm: RmsNorm,
+    /// Norm of the previous depth's representation.
+    pub hnorm: RmsNorm,
+    /// M_k, `[2 D, D]`. Its first half of inputs is the embedding: the released weights have it so, while
+    /// equation 21 writes the representation first.
+    pub eh_proj: Linear,
+    /// TRM_k.
+    pub block: DecoderLayer,
+    /// What comes before the shared output head.
+    pub shared_head: SharedHead,
+}
+
+/// The part of a module's output head that is its own.
+#[derive(Module, Debug)]
+pub struct SharedHead {
+    /// Norm before the shared head.
+    pub norm: RmsNorm,
+}
+
+/// What a module returns.
+#[derive(Clone, Debug)]
+pub struct MtpOutput {
+    /// What went into the block. `[B, T, D]`
+    pub projected: Tensor<3>,
+    /// What came out of it.
+    pub block: LayerOutput,
+    /// After the norm: input of the shared head, and h of the next depth.
+    pub hidden: Tensor<3>,
+}
+
+impl MtpModule {
+    /// A module for a model of the given shape.
+    pub fn new(config: &ModelConfig, init: Initializer) -> Self {
+        let hidden = config.hidden_size;
+        let norm = |init| RmsNorm::new(hidden, config.rms_norm_eps, init);
+        let dense = config.is_dense(config.num_hidden_layers);
+        Self {
+            enorm: norm(init.child("enorm")),
+            hnorm: norm(init.child("hnorm")),
+            eh_proj: linear(2 * hidden, hidden, init.child("eh_proj")),
+            block: DecoderLayer::new(config, dense, init.child("block")),
+            shared_head: SharedHead {
+                norm: norm(init.child("shared_head.norm")),
+            },
+        }
+    }
+
+    /// Combines the representation of each position with the embedding of a later token (equations 21 and 22).
+    ///
+    /// # Shapes
+    /// - `previous`: `[B, T, D]`, h of the previous depth; the main model's is after its last norm
+    /// - `embedded`: `[B, T, D]`, embeddings of the tokens one further on
+    pub fn forward(
+        &self,
+        previous: Tensor<3>,
+        embedded: Tensor<3>,
+        rope: &RopeTables,
+        mask: &AttentionMask,
+    ) -> MtpOutput {
+        let both = vec![self.enorm.forward(embedded), self.hnorm.forward(previous)];
+        let projected = self.eh_proj.forward(Tensor::cat(both, 2));
+        let block = self.block.forward(projected.clone(), rope, mask);
+        let hidden = self.shared_head.norm.forward(block.hidden.clone());
+        MtpOutput {
+            projected,
+            block,
+            hidden,
+        }
+    }
+}

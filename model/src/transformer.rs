@@ -1,0 +1,157 @@
+//! The whole model. Start reading here.
+//!
+//! ```text
+//! tokens [B,T] -> embed_tokens -> x [B,T,D] -> layers -> norm -> h -> lm_head -> logits [B,T,W]
+//!                      \                                  \
+//!                       +---- embedding of t+1 -> mtp.0 <--+ -> h1 -> lm_head -> logits of t+2
+//! ```
+
+use burn::{
+    module::Module,
+    nn::{Embedding, Linear},
+    tensor::{Device, Int, Tensor},
+};
+
+use crate::{
+    attention::{AttentionMask, LatentCache},
+    config::ModelConfig,
+    init::Initializer,
+    layer::{DecoderLayer, LayerOutput},
+    mlp::linear,
+    moe::MoeOutput,
+    mtp::{MtpModule, MtpOutput},
+    norm::RmsNorm,
+    rope::Rope,
+};
+
+/// A DeepSeek-V3 model.
+#[derive(Module, Debug)]
+pub struct Transformer {
+    /// `[W, D]`
+    pub embed_tokens: Embedding,
+    /// The layers.
+    pub layers: Vec<DecoderLayer>,
+    /// After the last layer.
+    pub norm: RmsNorm,
+    /// Output head, `[D, W]`; `None` where it shares the embedding matrix.
+    pub lm_head: Option<Linear>,
+    /// Multi-token prediction modules, one per depth.
+    pub mtp: Vec<MtpModule>,
+    #[module(skip)]
+    rope: Rope,
+}
+
+/// What the main model returns.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// After the last norm. `[B, T, D]`
+    pub hidden: Tensor<3>,
+    /// Of every mixture-of-experts layer, in order.
+    pub moe: Vec<MoeOutput>,
+}
+
+impl Transformer {
+    /// A model of the given shape with weights that depend on `seed` alone, made when first used.
+    pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Self {
+        let init = Initializer::new(device, seed, config.initializer_range);
+        let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+        let layers = init.child("layers");
+        let mtp = init.child("mtp");
+        Self {
+            embed_tokens: Embedding {
+                weight: init
+                    .child("embed_tokens")
+                    .normal("weight", [vocabulary, hidden]),
+            },
+            layers: (0..config.num_hidden_layers)
+                .map(|index| DecoderLayer::new(config, config.is_dense(index), layers.child(index)))
+                .collect(),
+            norm: RmsNorm::new(hidden, config.rms_norm_eps, init.child("norm")),
+            lm_head: (!config.tie_word_embeddings)
+                .then(|| linear(hidden, vocabulary, init.child("lm_head"))),
+            mtp: (0..config.num_nextn_predict_layers)
+                .map(|depth| MtpModule::new(config, mtp.child(depth)))
+                .collect(),
+            rope: Rope::new(config),
+        }
+    }
+
+    /// Runs the main model over whole sequences.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[B, T]`
+    pub fn forward(&self, tokens: Tensor<2, Int>, mask: &AttentionMask) -> Output {
+        let [_, length] = tokens.dims();
+        let rope = self.rope.tables(0, length, &tokens.device());
+        self.run(tokens, |_, layer, x| layer.forward(x, &rope, mask))
+    }
+
+    /// Runs the main model over the tokens after those in the cache, and adds them to it.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[B, T]`
+    pub fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut LatentCache) -> Output {
+        let [_, length] = tokens.dims();
+        let rope = self.rope.tables(cache.len(), length, &tokens.device());
+        self.run(tokens, |index, layer, x| {
+            layer.forward_cached(x, &rope, &mut cache.layers[index])
+        })
+    }
+
+    fn run(
+        &self,
+        tokens: Tensor<2, Int>,
+        mut apply: impl FnMut(usize, &DecoderLayer, Tensor<3>) -> LayerOutput,
+    ) -> Output {
+        let mut x = self.embed_tokens.forward(tokens);
+        let mut moe = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let output = apply(index, layer, x);
+            x = output.hidden;
+            moe.extend(output.moe);
+        }
+        Output {
+            hidden: self.norm.forward(x),
+            moe,
+        }
+    }
+
+    /// Runs prediction depth `depth` (from 0, the report's k minus one) over whole sequences.
+    ///
+    /// # Shapes
+    /// - `previous`: `[B, T, D]`, `hidden` of the previous depth, or of the main model for the first
+    /// - `tokens`: `[B, T]`, for position i the token i + depth + 1
+    pub fn predict_further(
+        &self,
+        depth: usize,
+        previous: Tensor<3>,
+        tokens: Tensor<2, Int>,
+        mask: &AttentionMask,
+    ) -> MtpOutput {
+        let [_, length] = tokens.dims();
+        let rope = self.rope.tables(0, length, &tokens.device());
+        self.mtp[depth].forward(previous, self.embed_tokens.forward(tokens), &rope, mask)
+    }
+
+    /// The output head, shared by the main model and all prediction depths.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[.., D]`
+    /// - result: `[.., W]`
+    pub fn logits<const N: usize>(&self, hidden: Tensor<N>) -> Tensor<N> {
+        match &self.lm_head {
+            Some(head) => head.forward(hidden),
+            None => hidden.matmul(self.embed_tokens.weight.val().transpose().unsqueeze()),
+        }
+    }
+
+    /// An empty cache for this model.
+    pub fn new_cache(&self) -> LatentCache {
+        LatentCache::new(self.layers.len())
+    }
+
+    /// How positions turn queries and keys.
+    pub fn rope(&self) -> &Rope {
+        &self.rope
+    }
+}
