@@ -1,3 +1,15 @@
 //! Training for Deepburn: data, optimizer, schedules, load balancing and checkpoints on Burn's Learner.
 
+pub mod balance;
+pub mod config;
 pub mod data;
+pub mod learner;
+pub mod loader;
+pub mod metrics;
+pub mod optimizer;
+pub mod report;
+pub mod run;
+pub mod schedule;
+pub mod state;
+pub mod step;
+mod strategy;

@@ -1,0 +1,114 @@
+//! Speed of one training step and of decoding at the shape of `configs/model/bench-24m.json`, in f32 on the CPU.
+//!
+//! `cargo bench --bench train_step`; threads by RAYON_NUM_THREADS. A step is forward, backward, clipping, AdamW and
+//! the bias update. Medians over the steps after warming up.
+
+use std::{path::Path, time::Instant};
+
+use burn::{
+    module::Module,
+    optim::{GradientsParams, ModuleOptimizer},
+    tensor::{Device, Int, Tensor, TensorData},
+};
+use deepburn_model::{
+    checkpoint::read_config, config::ModelConfig, loss::BalanceReading, parameters,
+    transformer::Transformer,
+};
+use deepburn_train::{
+    config::OptimizerConfig,
+    optimizer::adamw,
+    step::{LossWeights, UpdateRule, losses, update},
+};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const SEQUENCES: usize = 8;
+const LENGTH: usize = 256;
+const PROMPT: usize = 32;
+const NEW_TOKENS: usize = 128;
+
+fn main() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/bench-24m.json");
+    let config = read_config(&path).expect("shipped with the project");
+    let device = Device::flex();
+    let model = Transformer::new(&config, 1, &device);
+    let count = parameters::ParameterCount::of(&parameters::list(&model), &config);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    println!("shape: {} parameters, {} active; {threads} threads", count.total(), count.active());
+    training(&config, &device);
+    for batch in [1, 8] {
+        decoding(&config, &model, batch, &device);
+    }
+    let memory = memory_stats::memory_stats().map_or(0, |memory| memory.physical_mem);
+    println!("memory of the process at the end: {} MiB", memory >> 20);
+}
+
+fn training(config: &ModelConfig, device: &Device) {
+    let device = device.clone().autodiff();
+    let mut model = Transformer::new(config, 1, &device).train();
+    let mut optimizer: ModuleOptimizer = adamw(&OptimizerConfig::default());
+    let weights = LossWeights { mtp: 0.3, balance: 1e-4, reading: BalanceReading::Paper };
+    let rule = UpdateRule { clip_norm: 1.0, gamma: 1e-3 };
+    let mut parts = [Vec::new(), Vec::new(), Vec::new()];
+    for step in 0..9u64 {
+        let windows = tokens(config, [SEQUENCES, LENGTH + 1], step, &device);
+        let started = Instant::now();
+        let losses = losses(&model, windows, None, weights);
+        let loads: Vec<Vec<u64>> = losses
+            .loads
+            .iter()
+            .map(|load| load.to_data().iter::<i64>().map(|load| load as u64).collect())
+            .collect();
+        let forward = started.elapsed().as_secs_f64();
+        let gradients = GradientsParams::from_grads(losses.total.backward(), &model);
+        let backward = started.elapsed().as_secs_f64();
+        (model, _) = update(model, &mut optimizer, 1e-4.into(), gradients, &loads, rule);
+        let whole = started.elapsed().as_secs_f64();
+        if step >= 2 {
+            parts[0].push(forward);
+            parts[1].push(backward - forward);
+            parts[2].push(whole - backward);
+        }
+    }
+    let whole: Vec<f64> = (0..parts[0].len()).map(|i| parts.iter().map(|part| part[i]).sum()).collect();
+    let [forward, backward, optimizer] = parts.map(|part| 1e3 * median(part));
+    println!(
+        "training {SEQUENCES} x {LENGTH}: {:.0} tokens/s (forward {forward:.0} ms, backward {backward:.0} ms, \
+         optimizer {optimizer:.0} ms)",
+        (SEQUENCES * LENGTH) as f64 / median(whole)
+    );
+}
+
+fn decoding(config: &ModelConfig, model: &Transformer, batch: usize, device: &Device) {
+    let mut rates = Vec::new();
+    for run in 0..5 {
+        let mut cache = model.new_cache();
+        let mut next = tokens(config, [batch, PROMPT], run, device);
+        let mut started = Instant::now();
+        for token in 0..=NEW_TOKENS {
+            let hidden = model.forward_cached(next, &mut cache).hidden;
+            let last = hidden.dims()[1] - 1;
+            next = model.logits(hidden.narrow(1, last, 1)).argmax(2).reshape([batch, 1]);
+            if token == 0 {
+                started = Instant::now();
+            }
+        }
+        rates.push((batch * NEW_TOKENS) as f64 / started.elapsed().as_secs_f64());
+    }
+    println!("decoding after {PROMPT} tokens, batch {batch}: {:.0} tokens/s", median(rates));
+}
+
+/// Numbers without structure, the same on every machine.
+fn tokens(config: &ModelConfig, shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2, Int> {
+    let numbers = (0..(shape[0] * shape[1]) as u64).map(|at| {
+        let mixed = (at + 1 + seed * 1_000_003).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        ((mixed >> 33) % config.vocab_size as u64) as i32
+    });
+    Tensor::from_data(TensorData::new(numbers.collect::<Vec<i32>>(), shape), device)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

@@ -1,0 +1,236 @@
+//! The model as Burn's Learner trains it.
+//!
+//! The Learner hands its optimizer out in one place, [`TrainStep::optimize`]: clipping by the global norm, the
+//! optimizer step, the selection biases and snapshots of the optimizer's state all happen there.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use burn::{
+    module::Module,
+    optim::{
+        GradientsParams, ModuleOptimizer, OptimizerRecord,
+        lr_scheduler::module_lr_scheduler::ModuleLearningRate,
+    },
+    tensor::{Device, Int, Tensor, TensorData},
+    train::{InferenceStep, TrainOutput, TrainStep},
+};
+use deepburn_model::transformer::Transformer;
+
+use crate::{
+    report::StepReport,
+    step::{self, LossWeights, UpdateRule},
+};
+
+/// Windows of tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Windows of the same length, L + 1.
+    pub windows: Vec<Vec<u32>>,
+    /// The token that ends a document, where attention is to stay within documents.
+    pub document_end: Option<u32>,
+}
+
+impl Batch {
+    /// Tokens that are predicted: B L.
+    pub fn predicted(&self) -> u64 {
+        self.windows.iter().map(|window| window.len() as u64 - 1).sum()
+    }
+
+    fn tokens(&self, device: &Device) -> Tensor<2, Int> {
+        let columns = self.windows.first().map_or(0, Vec::len);
+        let tokens: Vec<i32> = self.windows.iter().flatten().map(|&token| token as i32).collect();
+        Tensor::from_data(TensorData::new(tokens, [self.windows.len(), columns]), device)
+    }
+
+    /// A number per input token that grows after each document's end.
+    fn documents(&self, device: &Device) -> Option<Tensor<2, Int>> {
+        let end = self.document_end?;
+        let length = self.windows.first()?.len() - 1;
+        let numbers: Vec<i32> = self
+            .windows
+            .iter()
+            .flat_map(|window| {
+                window[..length].iter().scan(0, |document, &token| {
+                    let current = *document;
+                    *document += i32::from(token == end);
+                    Some(current)
+                })
+            })
+            .collect();
+        Some(Tensor::from_data(TensorData::new(numbers, [self.windows.len(), length]), device))
+    }
+}
+
+/// A model in training.
+#[derive(Module, Debug)]
+pub struct Trainee {
+    /// The model.
+    pub model: Transformer,
+    #[module(skip)]
+    exchange: Exchange,
+}
+
+/// What the training loop tells a step, and what the step tells the loop. Shared by all clones of a [`Trainee`].
+#[derive(Clone, Debug)]
+pub struct Exchange(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    settings: StepSettings,
+    loads: Vec<Vec<u64>>,
+    gradient_norm: f64,
+    snapshot: Option<OptimizerRecord>,
+}
+
+/// What holds for one step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSettings {
+    /// Weights of the losses.
+    pub weights: LossWeights,
+    /// Bounds of the update.
+    pub rule: UpdateRule,
+    /// Micro-batches whose gradients are summed.
+    pub accumulation: usize,
+    /// Whether the optimizer's state is wanted after the step.
+    pub snapshot: bool,
+}
+
+impl Exchange {
+    /// An exchange with the settings of the first step.
+    pub fn new(settings: StepSettings) -> Self {
+        let state = State { settings, loads: Vec::new(), gradient_norm: 0.0, snapshot: None };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// Begins a step.
+    pub fn begin(&self, settings: StepSettings) {
+        let mut state = self.lock();
+        state.settings = settings;
+        state.loads.clear();
+    }
+
+    /// Asks for the optimizer's state after the step under way.
+    pub fn want_snapshot(&self) {
+        self.lock().settings.snapshot = true;
+    }
+
+    /// Tokens that each expert received in the step, per mixture-of-experts layer, over all micro-batches.
+    pub fn loads(&self) -> Vec<Vec<u64>> {
+        self.lock().loads.clone()
+    }
+
+    /// Norm of the gradients before clipping.
+    pub fn gradient_norm(&self) -> f64 {
+        self.lock().gradient_norm
+    }
+
+    /// The optimizer's state, if it was asked for.
+    pub fn take_snapshot(&self) -> Option<OptimizerRecord> {
+        self.lock().snapshot.take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn add_loads(&self, loads: &[Vec<u64>]) {
+        let mut state = self.lock();
+        if state.loads.is_empty() {
+            state.loads = loads.to_vec();
+            return;
+        }
+        for (sum, load) in state.loads.iter_mut().zip(loads) {
+            for (sum, load) in sum.iter_mut().zip(load) {
+                *sum += load;
+            }
+        }
+    }
+}
+
+impl Trainee {
+    /// A model with the exchange of its training loop.
+    pub fn new(model: Transformer, exchange: Exchange) -> Self {
+        Self { model, exchange }
+    }
+
+    fn report(&self, batch: &Batch, losses: step::Losses) -> (StepReport, Vec<Vec<u64>>) {
+        let number = |tensor: Tensor<1>| tensor.into_scalar::<f64>();
+        let loads: Vec<Vec<u64>> = losses
+            .loads
+            .into_iter()
+            .map(|load| load.into_data().iter::<i64>().map(|load| load as u64).collect())
+            .collect();
+        let report = StepReport {
+            predicted_tokens: batch.predicted(),
+            loss: number(losses.total),
+            main: number(losses.main),
+            mtp: losses.mtp.into_iter().map(number).collect(),
+            balance: number(losses.balance),
+            ..StepReport::default()
+        };
+        (report, loads)
+    }
+
+    fn losses(&self, batch: &Batch) -> step::Losses {
+        let device = self.model.norm.weight.val().device();
+        let weights = self.exchange.lock().settings.weights;
+        step::losses(&self.model, batch.tokens(&device), batch.documents(&device), weights)
+    }
+}
+
+impl TrainStep for Trainee {
+    type Input = Batch;
+    type Output = StepReport;
+
+    fn step(&self, batch: Batch) -> TrainOutput<StepReport> {
+        let losses = self.losses(&batch);
+        let accumulation = self.exchange.lock().settings.accumulation;
+        let gradients = (losses.total.clone() / accumulation as f64).backward();
+        let (report, loads) = self.report(&batch, losses);
+        self.exchange.add_loads(&loads);
+        TrainOutput::new(self, gradients, report)
+    }
+
+    fn optimize(
+        mut self,
+        optimizer: &mut ModuleOptimizer,
+        rate: ModuleLearningRate,
+        gradients: GradientsParams,
+    ) -> Self {
+        let (rule, loads) = {
+            let state = self.exchange.lock();
+            (state.settings.rule, state.loads.clone())
+        };
+        let (model, norm) = step::update(self.model, optimizer, rate, gradients, &loads, rule);
+        self.model = model;
+        let mut state = self.exchange.lock();
+        state.gradient_norm = norm;
+        if state.settings.snapshot {
+            state.snapshot = Some(optimizer.to_record());
+        }
+        drop(state);
+        self
+    }
+}
+
+impl InferenceStep for Trainee {
+    type Input = Batch;
+    type Output = StepReport;
+
+    fn step(&self, batch: Batch) -> StepReport {
+        let losses = self.losses(&batch);
+        self.report(&batch, losses).0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_change_after_their_end() {
+        let batch = Batch { windows: vec![vec![5, 1, 6, 1, 1, 7]], document_end: Some(1) };
+        let numbers = batch.documents(&Device::flex()).unwrap();
+        assert_eq!(numbers.into_data().iter::<i32>().collect::<Vec<_>>(), [0, 0, 1, 1, 2]);
+    }
+}

@@ -1,0 +1,263 @@
+//! A training run from its configuration to its last checkpoint.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use burn::{
+    data::dataset::DatasetError,
+    module::Module,
+    tensor::Device,
+    train::{
+        EventProcessorError, Interrupter, Learner, SupervisedTraining, TrainingStrategy,
+        logger::InMemoryMetricLogger, renderer::MetricsRenderer,
+    },
+};
+use deepburn_model::{
+    checkpoint::{self, CheckpointError},
+    config::{ConfigError as ShapeError, ModelConfig},
+    transformer::Transformer,
+};
+
+use crate::{
+    config::TrainConfig,
+    data::{DataError, PackedDataset, Prepared},
+    learner::{Exchange, StepSettings, Trainee},
+    loader::WindowLoader,
+    optimizer::{ReportSchedule, adamw},
+    report::{Measure, StepReport},
+    state::{self, Checkpoints, RunState, StateError},
+    step::{LossWeights, UpdateRule},
+    strategy::{Outcome, SingleDevice},
+};
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// Data cannot be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Data cannot be read, as Burn passes it on.
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    /// The model's shape cannot be read, or a file cannot be written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The shape does not fit the tokenizer.
+    #[error("the model's shape with this tokenizer: {0}")]
+    Shape(#[from] ShapeError),
+    /// A checkpoint cannot be written or resumed from.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A metric cannot be computed.
+    #[error(transparent)]
+    Metrics(#[from] EventProcessorError),
+    /// What Burn's training loop reports.
+    #[error("{0}")]
+    Burn(String),
+    /// A sequence longer than the model can take.
+    #[error("batch.sequence_length = {length}: must be at most max_position_embeddings = {limit}")]
+    TooLong {
+        /// Asked for.
+        length: usize,
+        /// The model's.
+        limit: usize,
+    },
+    /// Multi-token prediction further than a sequence reaches.
+    #[error("batch.sequence_length = {length}: must be above num_nextn_predict_layers = {depth}")]
+    TooShort {
+        /// Asked for.
+        length: usize,
+        /// The model's.
+        depth: usize,
+    },
+    /// A new run where there is one.
+    #[error("{path}: there are checkpoints of an earlier run; resume it, or choose another run.directory")]
+    Exists {
+        /// The run's folder.
+        path: PathBuf,
+    },
+    /// The loss is NaN or infinite: the step is not taken.
+    #[error("step {step}: the loss is {loss}; training stopped before the optimizer step")]
+    NotFinite {
+        /// The step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+    },
+    /// Batches ended before the steps.
+    #[error("step {step}: the data ended")]
+    DataEnded {
+        /// The step.
+        step: u64,
+    },
+    /// A checkpoint was due and the optimizer's state was not recorded.
+    #[error("step {step}: the optimizer's state was not recorded")]
+    NoSnapshot {
+        /// The step.
+        step: u64,
+    },
+}
+
+/// What a run is given besides its configuration.
+pub struct RunOptions {
+    /// Where to compute, without autodiff.
+    pub device: Device,
+    /// Whether to go on from the newest checkpoint.
+    pub resume: bool,
+    /// What shows progress; `None` for Burn's own.
+    pub renderer: Option<Box<dyn MetricsRenderer>>,
+    /// How the run is asked to stop after the step under way.
+    pub interrupter: Interrupter,
+}
+
+/// What came of a run.
+#[derive(Clone, Debug)]
+pub struct RunSummary {
+    /// Steps done, those before resuming included.
+    pub steps: u64,
+    /// Whether the run was asked to stop before its last step.
+    pub interrupted: bool,
+    /// The last validation.
+    pub validation: Option<StepReport>,
+    /// The newest checkpoint.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// Trains on prepared data.
+///
+/// # Errors
+/// Anything that keeps the run from its last step, except being asked to stop. What was saved stays.
+pub fn run(config: &TrainConfig, data: Prepared, options: RunOptions) -> Result<RunSummary, TrainError> {
+    let shape = shape_for(config, &data)?;
+    let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
+    let (model, done, record) = match (options.resume, checkpoints.latest()) {
+        (false, Some(_)) => return Err(TrainError::Exists { path: config.run.directory.clone() }),
+        (false, None) => {
+            let model = Transformer::new(&shape, config.run.seed, &options.device);
+            (model, 0, None)
+        }
+        (true, None) => {
+            return Err(StateError::None { path: config.run.directory.clone() }.into());
+        }
+        (true, Some(path)) => {
+            let (state, record) = state::read(&path)?;
+            state::check_unchanged(&path, &state, &RunState::new(state.step, config, &data))?;
+            let (saved, model) = checkpoint::load(&path, &options.device)?;
+            if saved != shape {
+                let what = "config.json differs from model.config with this tokenizer".into();
+                return Err(StateError::State { path, what }.into());
+            }
+            (model, state.step, Some(record))
+        }
+    };
+
+    let folder = &config.run.directory;
+    std::fs::create_dir_all(folder)
+        .map_err(|source| CheckpointError::Io { path: folder.clone(), source })?;
+    let exchange = Exchange::new(settings(config, done));
+    let trainee = Trainee::new(model, exchange.clone()).train();
+    let rate = ReportSchedule::new(config.schedule.clone(), config.run.steps, done);
+    let mut learner = Learner::new(trainee, adamw(&config.optimizer), rate);
+    if let Some(record) = record {
+        learner.load_optim(record);
+    }
+    let (train, valid) = loaders(config, &data, done)?;
+    let outcome = Arc::new(Mutex::new(Outcome { steps: done, ..Outcome::default() }));
+    let strategy = SingleDevice {
+        device: options.device.clone().autodiff(),
+        config: config.clone(),
+        shape,
+        data,
+        exchange,
+        done,
+        outcome: outcome.clone(),
+    };
+    let stretches = config.run.steps.div_ceil(config.validation.interval) as usize;
+    let mut training = SupervisedTraining::new(&config.run.directory, Arc::new(train), Arc::new(valid))
+        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+        .with_metric_logger(InMemoryMetricLogger::new())
+        .with_application_logger(None)
+        .with_interrupter(options.interrupter)
+        .num_epochs(stretches);
+    for measure in Measure::of_training() {
+        training = training.metric_train_numeric(measure);
+    }
+    for measure in Measure::of_validation() {
+        training = training.metric_valid_numeric(measure);
+    }
+    if let Some(renderer) = options.renderer {
+        training = training.renderer(renderer);
+    }
+    let result = training.launch(learner);
+
+    let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = outcome.error.take() {
+        return Err(error);
+    }
+    if let Some(error) = result.error {
+        return Err(TrainError::Burn(error.to_string()));
+    }
+    Ok(RunSummary {
+        steps: outcome.steps,
+        interrupted: outcome.steps < config.run.steps,
+        validation: outcome.validation.take(),
+        checkpoint: outcome.checkpoint.take(),
+    })
+}
+
+/// The model's shape with vocabulary and special tokens of the tokenizer.
+fn shape_for(config: &TrainConfig, data: &Prepared) -> Result<ModelConfig, TrainError> {
+    let shape = ModelConfig {
+        vocab_size: data.vocab_size,
+        bos_token_id: data.bos_id,
+        eos_token_id: Some(data.eos_id),
+        ..checkpoint::read_config(&config.model.config)?
+    }
+    .validate()?;
+    let length = config.batch.sequence_length;
+    if length > shape.max_position_embeddings {
+        return Err(TrainError::TooLong { length, limit: shape.max_position_embeddings });
+    }
+    if length <= shape.num_nextn_predict_layers {
+        return Err(TrainError::TooShort { length, depth: shape.num_nextn_predict_layers });
+    }
+    Ok(shape)
+}
+
+/// What holds for step `step` (from 0).
+pub(crate) fn settings(config: &TrainConfig, step: u64) -> StepSettings {
+    let steps = config.run.steps;
+    StepSettings {
+        weights: LossWeights {
+            mtp: config.loss.mtp_weight.at(step, steps),
+            balance: config.loss.sequence_balance_loss_weight,
+            reading: config.loss.balance_reading.into(),
+        },
+        rule: UpdateRule {
+            clip_norm: config.optimizer.clip_norm,
+            gamma: config.loss.bias_update_speed.at(step, steps) as f32,
+        },
+        accumulation: config.batch.accumulation,
+        snapshot: false,
+    }
+}
+
+fn loaders(
+    config: &TrainConfig,
+    data: &Prepared,
+    done: u64,
+) -> Result<(WindowLoader, WindowLoader), DataError> {
+    let batch = &config.batch;
+    let document_end = config.data.document_mask.then_some(data.eos_id);
+    let train = PackedDataset::new(data.train.clone(), batch.sequence_length, config.run.seed)?;
+    let valid = PackedDataset::sequential(data.valid.clone(), batch.sequence_length)?;
+    let per_step = (batch.sequences * batch.accumulation) as u64;
+    let range = done * per_step..config.run.steps * per_step;
+    let valid = WindowLoader::new(Arc::new(valid), batch.sequences, 0..0, document_end);
+    Ok((
+        WindowLoader::new(Arc::new(train), batch.sequences, range, document_end),
+        valid.spread(config.validation.windows),
+    ))
+}

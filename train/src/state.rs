@@ -1,0 +1,286 @@
+//! Checkpoints of a run: a Hugging Face folder each, with what training needs to go on exactly in `training/`.
+//!
+//! ```text
+//! checkpoints/step-00000500/  config.json model.safetensors tokenizer.json tokenizer_config.json generation_config.json
+//!                             training/{state.json, optimizer.bpk, config.toml}
+//! checkpoints/latest          -> step-00000500
+//! ```
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use burn::{optim::OptimizerRecord, store::RecordError};
+use deepburn_model::{
+    checkpoint::{self, CheckpointError, SaveOptions, write_directory, write_file},
+    config::ModelConfig,
+    transformer::Transformer,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    config::{BatchConfig, TrainConfig},
+    data::Cursor,
+};
+
+/// Changes whenever `training/` is read differently.
+const FORMAT: u32 = 1;
+
+/// Why a run cannot be saved or resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The folder of weights cannot be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The file system refused.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The optimizer's file cannot be read or written.
+    #[error("{path}: {source}")]
+    Optimizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: RecordError,
+    },
+    /// `state.json` cannot be used.
+    #[error("{path}: {what}")]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The configuration differs where a resumed run must not.
+    #[error("{path}: {key} was {found} and is now {expected}: a resumed run goes on with the same")]
+    Changed {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What differs.
+        key: &'static str,
+        /// Its value in the checkpoint.
+        found: String,
+        /// Its value now.
+        expected: String,
+    },
+    /// Nothing to resume from.
+    #[error("{path}: no checkpoint to resume from")]
+    None {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+}
+
+/// What a run needs to go on, besides weights and moments.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunState {
+    /// Version of this layout.
+    pub format: u32,
+    /// Version of Deepburn that wrote it.
+    pub deepburn_version: String,
+    /// Optimizer steps done; with the seed, all that learning rate and other schedules depend on.
+    pub step: u64,
+    /// Position in the data.
+    pub cursor: Cursor,
+    /// Seed of data order.
+    pub seed: u64,
+    /// SHA-256 of the tokenizer.
+    pub tokenizer_sha256: String,
+    /// Tokens of the training split.
+    pub train_tokens: u64,
+    /// Windows per step.
+    pub batch: BatchConfig,
+}
+
+impl RunState {
+    /// The state after `step` steps.
+    pub fn new(step: u64, config: &TrainConfig, data: &crate::data::Prepared) -> Self {
+        let windows = (config.batch.sequences * config.batch.accumulation) as u64;
+        Self {
+            format: FORMAT,
+            deepburn_version: env!("CARGO_PKG_VERSION").into(),
+            step,
+            cursor: Cursor { consumed: step * windows },
+            seed: config.run.seed,
+            tokenizer_sha256: data.report.tokenizer_sha256.clone(),
+            train_tokens: data.report.train.tokens,
+            batch: config.batch,
+        }
+    }
+}
+
+/// The checkpoints of a run.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    folder: PathBuf,
+    keep: usize,
+}
+
+/// What a checkpoint consists of.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents<'a> {
+    /// The model.
+    pub model: &'a Transformer,
+    /// Its shape.
+    pub shape: &'a ModelConfig,
+    /// How the run goes on.
+    pub state: &'a RunState,
+    /// The run's configuration, for the record.
+    pub config: &'a TrainConfig,
+    /// `tokenizer.json`.
+    pub tokenizer: &'a Path,
+}
+
+impl Checkpoints {
+    /// The checkpoints below a run's folder, of which the newest `keep` are kept.
+    pub fn new(run: &Path, keep: usize) -> Self {
+        Self { folder: run.join("checkpoints"), keep }
+    }
+
+    /// The newest complete checkpoint.
+    pub fn latest(&self) -> Option<PathBuf> {
+        self.all().pop()
+    }
+
+    /// Complete checkpoints, oldest first. A folder under its final name is complete.
+    fn all(&self) -> Vec<PathBuf> {
+        let Ok(entries) = fs::read_dir(&self.folder) else { return Vec::new() };
+        let named = |path: &PathBuf| {
+            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("step-"))
+        };
+        let mut found: Vec<_> = entries.flatten().map(|entry| entry.path()).filter(named).collect();
+        found.sort();
+        found
+    }
+
+    /// Writes a checkpoint as a whole or not at all, then removes those beyond the newest.
+    ///
+    /// # Errors
+    /// What the file system answers.
+    pub fn write(&self, contents: Contents<'_>, record: OptimizerRecord) -> Result<PathBuf, StateError> {
+        let path = self.folder.join(format!("step-{:08}", contents.state.step));
+        write_directory(&path, |staging| fill(staging, contents, record))?;
+        self.point_latest_to(&path)?;
+        let all = self.all();
+        for old in &all[..all.len().saturating_sub(self.keep)] {
+            // Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
+            let aside = old.with_file_name(".removed.tmp");
+            fs::rename(old, &aside).map_err(io_error(old))?;
+            fs::remove_dir_all(&aside).map_err(io_error(&aside))?;
+        }
+        Ok(path)
+    }
+
+    #[cfg(unix)]
+    fn point_latest_to(&self, path: &Path) -> Result<(), StateError> {
+        let (link, staging) = (self.folder.join("latest"), self.folder.join(".latest.tmp"));
+        if staging.is_symlink() {
+            fs::remove_file(&staging).map_err(io_error(&staging))?;
+        }
+        let target = path.file_name().expect("a checkpoint has a name");
+        std::os::unix::fs::symlink(target, &staging).map_err(io_error(&staging))?;
+        fs::rename(&staging, &link).map_err(io_error(&link))
+    }
+
+    /// Symbolic links need privileges elsewhere; the newest folder is found by its name.
+    #[cfg(not(unix))]
+    fn point_latest_to(&self, _: &Path) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
+fn fill(folder: &Path, contents: Contents<'_>, record: OptimizerRecord) -> Result<(), StateError> {
+    checkpoint::save(contents.model, contents.shape, folder, &SaveOptions::default())?;
+    write_tokenizer(folder, contents.tokenizer, contents.shape)?;
+    let training = folder.join("training");
+    fs::create_dir(&training).map_err(io_error(&training))?;
+    let state = serde_json::to_vec_pretty(contents.state).expect("numbers and strings");
+    write_file(&training.join("state.json"), &state)?;
+    let config = toml::to_string(contents.config).expect("read from such a file");
+    write_file(&training.join("config.toml"), config.as_bytes())?;
+    let path = training.join("optimizer.bpk");
+    record.save(&path).map_err(|source| StateError::Optimizer { path, source })
+}
+
+/// The tokenizer with the files by which transformers knows its special tokens.
+fn write_tokenizer(folder: &Path, tokenizer: &Path, shape: &ModelConfig) -> Result<(), StateError> {
+    let text = fs::read(tokenizer).map_err(io_error(tokenizer))?;
+    write_file(&folder.join("tokenizer.json"), &text)?;
+    let parsed = tokenizers::Tokenizer::from_bytes(&text).map_err(|error| StateError::State {
+        path: tokenizer.to_owned(),
+        what: error.to_string(),
+    })?;
+    let token = |id: Option<u32>| id.and_then(|id| parsed.id_to_token(id));
+    let config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": false,
+        "bos_token": token(shape.bos_token_id),
+        "eos_token": token(shape.eos_token_id),
+        "clean_up_tokenization_spaces": false,
+        "model_max_length": shape.max_position_embeddings,
+    });
+    let generation = json!({
+        "_from_model_config": true,
+        "bos_token_id": shape.bos_token_id,
+        "eos_token_id": shape.eos_token_id,
+    });
+    for (name, value) in [("tokenizer_config.json", config), ("generation_config.json", generation)] {
+        let text = serde_json::to_string_pretty(&value).expect("a map with string keys") + "\n";
+        write_file(&folder.join(name), text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Reads what a checkpoint says about its run, and its moments.
+///
+/// # Errors
+/// Files that are missing, malformed or of another layout.
+pub fn read(checkpoint: &Path) -> Result<(RunState, OptimizerRecord), StateError> {
+    let path = checkpoint.join("training/state.json");
+    let text = fs::read_to_string(&path).map_err(io_error(&path))?;
+    let state: RunState = serde_json::from_str(&text)
+        .map_err(|error| StateError::State { path: path.clone(), what: error.to_string() })?;
+    if state.format != FORMAT {
+        let what = format!("format is {}, expected {FORMAT}", state.format);
+        return Err(StateError::State { path, what });
+    }
+    let path = checkpoint.join("training/optimizer.bpk");
+    let record = OptimizerRecord::load(&path)
+        .map_err(|source| StateError::Optimizer { path, source })?;
+    Ok((state, record))
+}
+
+/// Refuses to resume a run whose next step would not be the one that an uninterrupted run had taken.
+///
+/// # Errors
+/// The first difference.
+pub fn check_unchanged(
+    checkpoint: &Path,
+    found: &RunState,
+    expected: &RunState,
+) -> Result<(), StateError> {
+    let differ = |key, found: String, expected: String| {
+        if found == expected {
+            return Ok(());
+        }
+        Err(StateError::Changed { path: checkpoint.to_owned(), key, found, expected })
+    };
+    differ("run.seed", found.seed.to_string(), expected.seed.to_string())?;
+    differ("batch", format!("{:?}", found.batch), format!("{:?}", expected.batch))?;
+    differ("the tokenizer", found.tokenizer_sha256.clone(), expected.tokenizer_sha256.clone())?;
+    let tokens = |state: &RunState| format!("{} tokens", state.train_tokens);
+    differ("the training split", tokens(found), tokens(expected))
+}
+
+fn io_error(path: &Path) -> impl FnOnce(io::Error) -> StateError {
+    let path = path.to_owned();
+    move |source| StateError::Io { path, source }
+}
