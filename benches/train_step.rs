@@ -20,8 +20,8 @@ use deepburn_train::{
     step::{LossWeights, UpdateRule, losses, update},
 };
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+#[path = "../src/allocator.rs"]
+mod allocator;
 
 const SEQUENCES: usize = 8;
 const LENGTH: usize = 256;
@@ -29,13 +29,18 @@ const PROMPT: usize = 32;
 const NEW_TOKENS: usize = 128;
 
 fn main() {
+    allocator::keep_freed_memory();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/bench-24m.json");
     let config = read_config(&path).expect("shipped with the project");
     let device = Device::flex();
     let model = Transformer::new(&config, 1, &device);
     let count = parameters::ParameterCount::of(&parameters::list(&model), &config);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("shape: {} parameters, {} active; {threads} threads", count.total(), count.active());
+    println!(
+        "shape: {} parameters, {} active; {threads} threads",
+        count.total(),
+        count.active()
+    );
     training(&config, &device);
     for batch in [1, 8] {
         decoding(&config, &model, batch, &device);
@@ -48,8 +53,15 @@ fn training(config: &ModelConfig, device: &Device) {
     let device = device.clone().autodiff();
     let mut model = Transformer::new(config, 1, &device).train();
     let mut optimizer: ModuleOptimizer = adamw(&OptimizerConfig::default());
-    let weights = LossWeights { mtp: 0.3, balance: 1e-4, reading: BalanceReading::Paper };
-    let rule = UpdateRule { clip_norm: 1.0, gamma: 1e-3 };
+    let weights = LossWeights {
+        mtp: 0.3,
+        balance: 1e-4,
+        reading: BalanceReading::Paper,
+    };
+    let rule = UpdateRule {
+        clip_norm: 1.0,
+        gamma: 1e-3,
+    };
     let mut parts = [Vec::new(), Vec::new(), Vec::new()];
     for step in 0..9u64 {
         let windows = tokens(config, [SEQUENCES, LENGTH + 1], step, &device);
@@ -58,7 +70,12 @@ fn training(config: &ModelConfig, device: &Device) {
         let loads: Vec<Vec<u64>> = losses
             .loads
             .iter()
-            .map(|load| load.to_data().iter::<i64>().map(|load| load as u64).collect())
+            .map(|load| {
+                load.to_data()
+                    .iter::<i64>()
+                    .map(|load| load as u64)
+                    .collect()
+            })
             .collect();
         let forward = started.elapsed().as_secs_f64();
         let gradients = GradientsParams::from_grads(losses.total.backward(), &model);
@@ -71,7 +88,9 @@ fn training(config: &ModelConfig, device: &Device) {
             parts[2].push(whole - backward);
         }
     }
-    let whole: Vec<f64> = (0..parts[0].len()).map(|i| parts.iter().map(|part| part[i]).sum()).collect();
+    let whole: Vec<f64> = (0..parts[0].len())
+        .map(|i| parts.iter().map(|part| part[i]).sum())
+        .collect();
     let [forward, backward, optimizer] = parts.map(|part| 1e3 * median(part));
     println!(
         "training {SEQUENCES} x {LENGTH}: {:.0} tokens/s (forward {forward:.0} ms, backward {backward:.0} ms, \
@@ -89,14 +108,20 @@ fn decoding(config: &ModelConfig, model: &Transformer, batch: usize, device: &De
         for token in 0..=NEW_TOKENS {
             let hidden = model.forward_cached(next, &mut cache).hidden;
             let last = hidden.dims()[1] - 1;
-            next = model.logits(hidden.narrow(1, last, 1)).argmax(2).reshape([batch, 1]);
+            next = model
+                .logits(hidden.narrow(1, last, 1))
+                .argmax(2)
+                .reshape([batch, 1]);
             if token == 0 {
                 started = Instant::now();
             }
         }
         rates.push((batch * NEW_TOKENS) as f64 / started.elapsed().as_secs_f64());
     }
-    println!("decoding after {PROMPT} tokens, batch {batch}: {:.0} tokens/s", median(rates));
+    println!(
+        "decoding after {PROMPT} tokens, batch {batch}: {:.0} tokens/s",
+        median(rates)
+    );
 }
 
 /// Numbers without structure, the same on every machine.
@@ -105,7 +130,10 @@ fn tokens(config: &ModelConfig, shape: [usize; 2], seed: u64, device: &Device) -
         let mixed = (at + 1 + seed * 1_000_003).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         ((mixed >> 33) % config.vocab_size as u64) as i32
     });
-    Tensor::from_data(TensorData::new(numbers.collect::<Vec<i32>>(), shape), device)
+    Tensor::from_data(
+        TensorData::new(numbers.collect::<Vec<i32>>(), shape),
+        device,
+    )
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -66,7 +66,7 @@ impl DeviceSpec {
             Self::Wgpu(number) => {
                 use burn::tensor::{DeviceKind, DeviceType};
                 let found = gpu::select(self, DeviceType::Wgpu, number.unwrap_or(0))?;
-                // By its kind, the device can be told to be another one: CUBECL_WGPU_DEFAULT_DEVICE.
+                // Without a number, CubeCL chooses, which CUBECL_WGPU_DEFAULT_DEVICE can direct.
                 let preferred = || Device::wgpu(DeviceKind::DefaultDevice);
                 gpu::tried(self, number.map_or_else(preferred, |_| found))
             }
@@ -107,29 +107,19 @@ mod gpu {
         kind: DeviceType,
         number: usize,
     ) -> anyhow::Result<Device> {
-        let listed = quietly(|| Device::enumerate(kind));
-        let found: Vec<Device> = match listed {
+        let found: Vec<Device> = match quietly(|| Device::enumerate(kind)) {
             Ok(devices) => devices.into_iter().collect(),
             Err(problem) => bail!("device {spec}: {problem}"),
         };
-        match found.into_iter().enumerate().collect::<Vec<_>>() {
-            none if none.is_empty() => bail!(
-                "device {spec}: no such device, or no driver for it, on this machine; this build has {}",
+        if let Some(device) = found.get(number) {
+            return Ok(device.clone());
+        }
+        match found.len() {
+            0 => bail!(
+                "device {spec}: this machine has no such device, or no driver for it; this build has {}",
                 COMPILED.join(", ")
             ),
-            some => choose(spec, some, number),
-        }
-    }
-
-    fn choose(
-        spec: &DeviceSpec,
-        found: Vec<(usize, Device)>,
-        number: usize,
-    ) -> anyhow::Result<Device> {
-        let last = found.len() - 1;
-        match found.into_iter().find(|(at, _)| *at == number) {
-            Some((_, device)) => Ok(device),
-            None => bail!("device {spec}: the numbers on this machine are 0 to {last}"),
+            count => bail!("device {spec}: this machine has numbers 0 to {}", count - 1),
         }
     }
 
@@ -206,8 +196,21 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_tried_and_panics_become_messages() {
+    fn devices_are_found_by_number_and_tried() {
+        let select = |number| {
+            let spec = DeviceSpec::Cuda(number);
+            gpu::select(&spec, burn::tensor::DeviceType::Flex, number)
+        };
+        assert_eq!(select(0).unwrap(), Device::flex());
+        assert_eq!(
+            select(1).unwrap_err().to_string(),
+            "device cuda:1: this machine has numbers 0 to 0"
+        );
         assert!(gpu::tried(&DeviceSpec::Cpu, Device::flex()).is_ok());
+    }
+
+    #[test]
+    fn panics_become_messages() {
         assert_eq!(gpu::quietly(|| 3), Ok(3));
         let panicked = gpu::quietly(|| -> u8 { panic!("no driver at {}", 7) });
         assert_eq!(panicked, Err("no driver at 7".to_owned()));

@@ -18,12 +18,11 @@ use crate::{device::DeviceSpec, model_dir, print_now};
 /// The same model, prompt, options and seed give the same text.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of a checkpoint as Hugging Face lays it out (config.json, tokenizer.json, *.safetensors), or of a
-    /// training run, whose newest checkpoint is taken
+    /// Folder of a Hugging Face checkpoint, or of a training run (its newest checkpoint)
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
 
-    /// Text to continue; `-` reads it from standard input. Empty: start from the beginning-of-text token
+    /// Text to continue; `-` reads standard input, "" starts from the beginning-of-text token
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
 

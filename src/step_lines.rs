@@ -48,7 +48,10 @@ impl StepLines {
     }
 
     fn print_step(&self, step: u64) {
-        let mtp = self.values.get("MTP loss").map(|loss| format!(" | mtp {loss:.4}"));
+        let mtp = self
+            .values
+            .get("MTP loss")
+            .map(|loss| format!(" | mtp {loss:.4}"));
         println!(
             "step {step}/{} | loss {:.4}{} | {:.3} bits/byte | grad norm {:.3} | lr {:.2e} | {:.0} tokens/s | \
              MaxVio {:.3} | dead experts {:.0} | {:.0} MiB",
@@ -130,6 +133,7 @@ impl MetricsRenderer for StepLines {
     fn manual_close(&mut self) {}
 
     fn register_metric(&mut self, definition: MetricDefinition) {
-        self.names.insert(definition.metric_id, definition.name.to_string());
+        self.names
+            .insert(definition.metric_id, definition.name.to_string());
     }
 }

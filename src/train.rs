@@ -46,7 +46,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = TrainConfig::read(&args.config, &args.set)?;
     let device = args.device.open()?;
     let mut progress = Progress::new();
-    let prepared = data::prepare(&config.data, config.run.seed, &mut |event| progress.event(event))?;
+    let prepared = data::prepare(&config.data, config.run.seed, &mut |event| {
+        progress.event(event)
+    })?;
     let baseline = entropy::split_entropy(&prepared.valid)?;
     describe(&config, baseline);
 
@@ -57,10 +59,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         let (steps, interval) = (config.run.steps, config.validation.interval);
         Box::new(StepLines::new(steps, interval)) as Box<dyn MetricsRenderer>
     });
-    let options = RunOptions { device, resume: args.resume, renderer, interrupter };
+    let options = RunOptions {
+        device,
+        resume: args.resume,
+        renderer,
+        interrupter,
+    };
     let summary = run::run(&config, prepared, options)?;
     finish(&config, &summary, baseline);
-    Ok(if summary.interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+    Ok(if summary.interrupted {
+        ExitCode::from(INTERRUPTED)
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn describe(config: &TrainConfig, baseline: entropy::Entropy) {
@@ -103,7 +114,10 @@ fn finish(config: &TrainConfig, summary: &RunSummary, baseline: entropy::Entropy
     }
     let directory = config.run.directory.display();
     if summary.interrupted {
-        println!("stopped after step {} of {}; go on with --resume", summary.steps, config.run.steps);
+        println!(
+            "stopped after step {} of {}; go on with --resume",
+            summary.steps, config.run.steps
+        );
     } else {
         println!("complete it: deepburn generate --model {directory} --prompt \"pub fn \"");
     }

@@ -184,7 +184,7 @@ fn continuation(dir: &Path, new: usize) -> String {
         let data: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let tokens = Tensor::<2, Int>::from_data(TensorData::new(data, [1, length]), &device);
         let hidden = model
-            .forward(tokens, &AttentionMask::causal(length, length, &device))
+            .forward(tokens, &AttentionMask::causal(length, &device))
             .hidden;
         let best = model.logits(hidden.narrow(1, length - 1, 1)).argmax(2);
         ids.push(best.into_data().iter::<u32>().next().unwrap());
@@ -314,7 +314,7 @@ fn a_closed_pipe_ends_quietly() {
 fn help_of_every_subcommand() {
     contains(
         &succeeds(&["--help"]),
-        &["train", "generate", "inspect", "130  interrupted"],
+        &["train     Train", "generate", "inspect", "130  interrupted"],
     );
     for command in ["train", "generate", "inspect"] {
         contains(

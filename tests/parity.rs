@@ -36,29 +36,51 @@ fn every_intermediate_result_of_the_forward_pass() {
         };
         check("softmax_scale", vec![model.rope().softmax_scale as f32]);
         check("rope.inv_freq", model.rope().inv_freq.clone());
-        check("rope.attention_scaling", vec![model.rope().attention_scaling as f32]);
+        check(
+            "rope.attention_scaling",
+            vec![model.rope().attention_scaling as f32],
+        );
 
         let tokens = expected["input_ids"].tokens(&device);
         let [_, length] = tokens.dims();
         let rope = model.rope().tables(0, length, &device);
-        let mask = AttentionMask::causal(length, length, &device);
+        let mask = AttentionMask::causal(length, &device);
         let mut x = model.embed_tokens.forward(tokens.clone());
         for (index, layer) in model.layers.iter().enumerate() {
             check(&format!("hidden_states.{index}"), values(x.clone()));
-            let (c_kv, k_pe) = layer.self_attn.latents(layer.input_layernorm.forward(x.clone()), &rope);
+            let (c_kv, k_pe) = layer
+                .self_attn
+                .latents(layer.input_layernorm.forward(x.clone()), &rope);
             check(&format!("layer.{index}.cache_kv_latent"), values(c_kv));
             check(&format!("layer.{index}.cache_k_rope"), values(k_pe));
             let output = layer.forward(x, &rope, &mask);
-            check(&format!("layer.{index}.attn_output"), values(output.attention));
-            check(&format!("layer.{index}.mlp_output"), values(output.feed_forward));
+            check(
+                &format!("layer.{index}.attn_output"),
+                values(output.attention),
+            );
+            check(
+                &format!("layer.{index}.mlp_output"),
+                values(output.feed_forward),
+            );
             if let Some(moe) = output.moe {
                 let prefix = format!("layer.{index}");
-                check(&format!("{prefix}.router_logits"), values(moe.routing.logits.clone()));
-                check_choice(&format!("{case} {prefix}"), &moe.routing, &expected, &prefix);
+                check(
+                    &format!("{prefix}.router_logits"),
+                    values(moe.routing.logits.clone()),
+                );
+                check_choice(
+                    &format!("{case} {prefix}"),
+                    &moe.routing,
+                    &expected,
+                    &prefix,
+                );
             }
             x = output.hidden;
         }
-        check(&format!("hidden_states.{}", config.num_hidden_layers), values(x));
+        check(
+            &format!("hidden_states.{}", config.num_hidden_layers),
+            values(x),
+        );
         let hidden = model.forward(tokens, &mask).hidden;
         check("final_hidden", values(hidden.clone()));
         check("logits", values(model.logits(hidden)));
@@ -66,7 +88,12 @@ fn every_intermediate_result_of_the_forward_pass() {
 }
 
 /// References list a token's experts by index; ours are best first.
-fn check_choice(label: &str, routing: &Routing, expected: &BTreeMap<String, Reference>, prefix: &str) {
+fn check_choice(
+    label: &str,
+    routing: &Routing,
+    expected: &BTreeMap<String, Reference>,
+    prefix: &str,
+) {
     let [_, k] = routing.chosen.dims();
     let chosen: Vec<i64> = routing.chosen.to_data().iter::<i64>().collect();
     let weights = values(routing.weights.clone());
@@ -77,21 +104,33 @@ fn check_choice(label: &str, routing: &Routing, expected: &BTreeMap<String, Refe
         by_index.extend(pairs.iter().map(|pair| *pair.0));
         weights_by_index.extend(pairs.iter().map(|pair| *pair.1));
     }
-    assert_eq!(by_index, expected[&format!("{prefix}.topk_indices")].ints(), "{label}: chosen experts");
+    assert_eq!(
+        by_index,
+        expected[&format!("{prefix}.topk_indices")].ints(),
+        "{label}: chosen experts"
+    );
     let expected = &expected[&format!("{prefix}.topk_weights")];
-    assert_close(&format!("{label} weights"), &weights_by_index, expected, tolerance::WEIGHTS);
+    assert_close(
+        &format!("{label} weights"),
+        &weights_by_index,
+        expected,
+        tolerance::WEIGHTS,
+    );
 }
 
 #[test]
 fn greedy_generation_with_the_latent_cache() {
-    for (case, close) in
-        [("tiny-dense-moe", tolerance::LOGITS), ("tiny-yarn", tolerance::LOGITS_YARN)]
-    {
+    for (case, close) in [
+        ("tiny-dense-moe", tolerance::LOGITS),
+        ("tiny-yarn", tolerance::LOGITS_YARN),
+    ] {
         let device = Device::flex();
         let (_, model) = load(case, &device);
         let expected = references(case, "reference_generate.safetensors");
         let (prompt, output) = (&expected["prompt_ids"], &expected["output_ids"]);
-        let [batch, steps, _] = expected["step_logits"].shape[..] else { panic!("three sizes") };
+        let [batch, steps, _] = expected["step_logits"].shape[..] else {
+            panic!("three sizes")
+        };
         let mut cache = model.new_cache();
         let mut next = prompt.tokens(&device);
         let mut found = vec![prompt.ints()];
@@ -105,7 +144,12 @@ fn greedy_generation_with_the_latent_cache() {
             found.push(next.to_data().iter::<i64>().collect());
         }
         let logits = values(Tensor::cat(logits, 1));
-        assert_close(&format!("{case} step_logits"), &logits, &expected["step_logits"], close);
+        assert_close(
+            &format!("{case} step_logits"),
+            &logits,
+            &expected["step_logits"],
+            close,
+        );
         let generated: Vec<i64> = found[1..].iter().flatten().copied().collect();
         let columns = output.shape[1];
         let expected_new: Vec<i64> = (0..steps)
@@ -124,12 +168,14 @@ fn mtp_losses(
     let [_, length] = tokens.dims();
     let at = |start: usize, length: usize| tokens.clone().narrow(1, start, length);
     let device = tokens.device();
-    let hidden =
-        model.forward(tokens.clone(), &AttentionMask::causal(length, length, &device)).hidden;
+    let hidden = model
+        .forward(tokens.clone(), &AttentionMask::causal(length, &device))
+        .hidden;
     let logits = model.logits(hidden.clone().narrow(1, 0, length - 1));
     let main = cross_entropy(logits, at(1, length - 1));
-    let mask = AttentionMask::causal(length - 1, length - 1, &device);
-    let output = model.predict_further(0, hidden.narrow(1, 0, length - 1), at(1, length - 1), &mask);
+    let mask = AttentionMask::causal(length - 1, &device);
+    let output =
+        model.predict_further(0, hidden.narrow(1, 0, length - 1), at(1, length - 1), &mask);
     let logits = model.logits(output.hidden.clone().narrow(1, 0, length - 2));
     let further = cross_entropy(logits, at(2, length - 2));
     (main, further, output)
@@ -146,12 +192,32 @@ fn multi_token_prediction_forward_and_every_gradient() {
     let check = |name: &str, found: Vec<f32>, close| {
         assert_close(name, &found, &expected[name], close);
     };
-    check("mtp.eh_proj_output", values(output.projected), tolerance::LOGITS);
-    check("mtp.block_output", values(output.block.hidden), tolerance::LOGITS);
-    check("mtp.normed", values(output.hidden.clone()), tolerance::LOGITS);
-    check("mtp_logits", values(model.logits(output.hidden)), tolerance::LOGITS);
+    check(
+        "mtp.eh_proj_output",
+        values(output.projected),
+        tolerance::LOGITS,
+    );
+    check(
+        "mtp.block_output",
+        values(output.block.hidden),
+        tolerance::LOGITS,
+    );
+    check(
+        "mtp.normed",
+        values(output.hidden.clone()),
+        tolerance::LOGITS,
+    );
+    check(
+        "mtp_logits",
+        values(model.logits(output.hidden)),
+        tolerance::LOGITS,
+    );
     let moe = output.block.moe.unwrap();
-    check("mtp.router_logits", values(moe.routing.logits.clone()), tolerance::LOGITS);
+    check(
+        "mtp.router_logits",
+        values(moe.routing.logits.clone()),
+        tolerance::LOGITS,
+    );
     check_choice("mtp", &moe.routing, &expected, "mtp");
     check("loss_main", values(main.clone()), tolerance::LOSS);
     check("loss_mtp", values(further.clone()), tolerance::LOSS);
@@ -159,7 +225,12 @@ fn multi_token_prediction_forward_and_every_gradient() {
     check("loss_total", values(total.clone()), tolerance::LOSS);
 
     let expected = references(case, "reference_mtp_grads.safetensors");
-    assert_gradients(&model, total.backward(), config.num_hidden_layers, &expected);
+    assert_gradients(
+        &model,
+        total.backward(),
+        config.num_hidden_layers,
+        &expected,
+    );
 }
 
 #[test]
@@ -169,8 +240,11 @@ fn every_gradient_of_the_main_model() {
     let steps = references("tiny-train", "reference_train.safetensors");
     let tokens = steps["input_ids.step0"].tokens(&device);
     let [_, length] = tokens.dims();
-    let mask = AttentionMask::causal(length, length, &device);
-    let hidden = model.forward(tokens.clone(), &mask).hidden.narrow(1, 0, length - 1);
+    let mask = AttentionMask::causal(length, &device);
+    let hidden = model
+        .forward(tokens.clone(), &mask)
+        .hidden
+        .narrow(1, 0, length - 1);
     let loss = cross_entropy(model.logits(hidden), tokens.narrow(1, 1, length - 1));
     assert!((values(loss.clone())[0] - steps["loss"].values[0]).abs() <= tolerance::LOSS);
     let expected = references("tiny-train", "reference_grads.safetensors");
@@ -197,15 +271,20 @@ fn assert_gradients(
             self.path.exit(container);
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let Some(gradient) = param.val().grad(&self.gradients) else { return };
+            let Some(gradient) = param.val().grad(&self.gradients) else {
+                return;
+            };
             match stored(&self.path.join(), self.layers) {
                 Stored::AsIs(name) => self.found.insert(name, values(gradient)),
                 Stored::Transposed(name) => self.found.insert(name, values(gradient.transpose())),
                 Stored::Experts { prefix, suffix } => {
-                    let [experts, rows, columns] = gradient.dims()[..] else { panic!("three sizes") };
+                    let [experts, rows, columns] = gradient.dims()[..] else {
+                        panic!("three sizes")
+                    };
                     let all = values(gradient.transpose());
                     for (expert, one) in (0..experts).zip(all.chunks(rows * columns)) {
-                        self.found.insert(format!("{prefix}{expert}{suffix}"), one.to_vec());
+                        self.found
+                            .insert(format!("{prefix}{expert}{suffix}"), one.to_vec());
                     }
                     None
                 }
@@ -213,11 +292,18 @@ fn assert_gradients(
         }
     }
     let path = ModulePath::default();
-    let mut collector = Collector { path, layers, gradients, found: BTreeMap::new() };
+    let mut collector = Collector {
+        path,
+        layers,
+        gradients,
+        found: BTreeMap::new(),
+    };
     model.visit(&mut collector);
-    assert!(collector.found.keys().eq(expected.keys()), "gradients of other parameters");
+    assert!(
+        collector.found.keys().eq(expected.keys()),
+        "gradients of other parameters"
+    );
     for (name, found) in &collector.found {
         assert_close(name, found, &expected[name], tolerance::GRADIENT);
     }
 }
-

@@ -3,9 +3,8 @@
 //! Each test first shows its matcher a text that breaks the rule, then holds the rule against every file.
 //! This file quotes what it forbids and is therefore left out of the rules about text.
 
-use std::{fs, path::Path, process::Command};
+use std::{env, fs, path::PathBuf, process::Command};
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const THIS_FILE: &str = "tests/tidy.rs";
 const LIBRARIES: [&str; 4] = [
     "kernels-cubecl/src/",
@@ -250,8 +249,7 @@ fn crates_depend_in_one_direction() {
 
     let mut found = Vec::new();
     for (path, allowed) in DEPENDENCIES {
-        let text =
-            fs::read_to_string(Path::new(ROOT).join(path)).expect("each crate has a manifest");
+        let text = fs::read_to_string(root().join(path)).expect("each crate has a manifest");
         found.extend(
             foreign(&text, allowed)
                 .into_iter()
@@ -433,18 +431,25 @@ fn no_path_of_one_machine_is_written_down() {
     report("a path of one machine", offences(texts, machine_paths));
 }
 
+/// Asked for when the tests run: clones that share a build folder may share this binary.
+fn root() -> PathBuf {
+    env::var_os("CARGO_MANIFEST_DIR")
+        .expect("cargo sets CARGO_MANIFEST_DIR")
+        .into()
+}
+
 /// The files of this repository, relative to its root: what git tracks, or without git everything that is
 /// not built or downloaded.
 fn repository() -> Vec<String> {
     let listed = Command::new("git")
         .args(["ls-files", "-z"])
-        .current_dir(ROOT)
+        .current_dir(root())
         .output();
     let mut files: Vec<String> = match listed {
         Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout)
             .split_terminator('\0')
             .map(ToString::to_string)
-            .filter(|path| Path::new(ROOT).join(path).is_file())
+            .filter(|path| root().join(path).is_file())
             .collect(),
         _ => Vec::new(),
     };
@@ -453,13 +458,14 @@ fn repository() -> Vec<String> {
     }
     assert!(
         files.iter().any(|path| path == "Cargo.toml"),
-        "no repository at {ROOT}"
+        "no repository at {}",
+        root().display()
     );
     files
 }
 
 fn walk(folder: &str, files: &mut Vec<String>) {
-    let entries = fs::read_dir(Path::new(ROOT).join(folder)).expect("a folder of this repository");
+    let entries = fs::read_dir(root().join(folder)).expect("a folder of this repository");
     for entry in entries {
         let entry = entry.expect("a readable folder");
         let path = format!("{folder}{}", entry.file_name().to_string_lossy());
@@ -475,7 +481,7 @@ fn walk(folder: &str, files: &mut Vec<String>) {
 
 /// A file's path and text, unless it is binary.
 fn read(path: &String) -> Option<(String, String)> {
-    let bytes = fs::read(Path::new(ROOT).join(path)).expect("a file of this repository");
+    let bytes = fs::read(root().join(path)).expect("a file of this repository");
     Some((path.clone(), String::from_utf8(bytes).ok()?))
 }
 

@@ -37,20 +37,30 @@ fn steps_of_the_optimizer_against_the_reference() {
     let (_, mut model) = load(case, &device);
     let expected = references(case, "reference_train.safetensors");
     let mut optimizer = adamw(&OptimizerConfig::default());
-    let rule = UpdateRule { clip_norm: 1.0, gamma: 1e-3 };
+    let rule = UpdateRule {
+        clip_norm: 1.0,
+        gamma: 1e-3,
+    };
     for step in 0..5 {
         let tokens = expected[&format!("input_ids.step{step}")].tokens(&device);
         let [_, length] = tokens.dims();
-        let mask = AttentionMask::causal(length, length, &device);
+        let mask = AttentionMask::causal(length, &device);
         let output = model.forward(tokens.clone(), &mask);
         let logits = model.logits(output.hidden.narrow(1, 0, length - 1));
         let loss = cross_entropy(logits, tokens.narrow(1, 1, length - 1));
         let loads: Vec<Vec<u64>> = output.moe.iter().map(|moe| counts(&moe.load)).collect();
         let found = values(loss.clone())[0];
-        assert!((found - expected["loss"].values[step]).abs() <= tolerance::LOSS, "loss {found}");
+        assert!(
+            (found - expected["loss"].values[step]).abs() <= tolerance::LOSS,
+            "loss {found}"
+        );
         let per_step = loads.concat().len();
-        let expected_loads = &expected["expert_load"].ints()[step * per_step..(step + 1) * per_step];
-        assert_eq!(loads.concat(), expected_loads.iter().map(|&l| l as u64).collect::<Vec<_>>());
+        let expected_loads =
+            &expected["expert_load"].ints()[step * per_step..(step + 1) * per_step];
+        assert_eq!(
+            loads.concat(),
+            expected_loads.iter().map(|&l| l as u64).collect::<Vec<_>>()
+        );
 
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
         let norm;
@@ -68,14 +78,20 @@ fn steps_of_the_optimizer_against_the_reference() {
             .collect();
         let expected_biases = &expected["bias"].values[step * per_step..(step + 1) * per_step];
         for (found, expected) in biases.iter().zip(expected_biases) {
-            assert!((found - expected).abs() <= tolerance::BIAS, "bias {found}, {expected}");
+            assert!(
+                (found - expected).abs() <= tolerance::BIAS,
+                "bias {found}, {expected}"
+            );
         }
     }
     compare_parameters(&model.valid());
 }
 
 fn counts(load: &Tensor<1, Int>) -> Vec<u64> {
-    load.to_data().iter::<i64>().map(|load| load as u64).collect()
+    load.to_data()
+        .iter::<i64>()
+        .map(|load| load as u64)
+        .collect()
 }
 
 /// Through a saved checkpoint, so that names and layouts are those of the reference.
@@ -89,15 +105,21 @@ fn compare_parameters(model: &Transformer) {
     let (mut sum, mut count) = (0f64, 0usize);
     for (name, expected) in &expected {
         let data = found.tensor(name).unwrap();
-        let values: Vec<f32> =
-            data.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let values: Vec<f32> = data
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect();
         assert_close(name, &values, expected, tolerance::PARAMETERS_MAX);
         let pairs = values.iter().zip(&expected.values);
         sum += pairs.map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
         count += values.len();
     }
     let mean = sum / count as f64;
-    assert!(mean <= f64::from(tolerance::PARAMETERS_MEAN), "mean difference {mean:e}");
+    assert!(
+        mean <= f64::from(tolerance::PARAMETERS_MEAN),
+        "mean difference {mean:e}"
+    );
 }
 
 #[test]
@@ -107,8 +129,11 @@ fn the_balance_loss_in_both_readings_and_its_gradient() {
     let expected = references("tiny-train", "reference_train.safetensors");
     let tokens = expected["input_ids.step0"].tokens(&device);
     let [batch, length] = tokens.dims();
-    for (name, reading) in [("paper", BalanceReading::Paper), ("actual", BalanceReading::Actual)] {
-        let output = model.forward(tokens.clone(), &AttentionMask::causal(length, length, &device));
+    for (name, reading) in [
+        ("paper", BalanceReading::Paper),
+        ("actual", BalanceReading::Actual),
+    ] {
+        let output = model.forward(tokens.clone(), &AttentionMask::causal(length, &device));
         let per_layer: Vec<Tensor<1>> = output
             .moe
             .iter()
@@ -117,12 +142,20 @@ fn the_balance_loss_in_both_readings_and_its_gradient() {
         let found = values(Tensor::cat(per_layer.clone(), 0));
         let reference = &expected[&format!("balance_loss.{name}.per_layer")];
         for (found, expected) in found.iter().zip(&reference.values) {
-            assert!((found / expected - 1.0).abs() <= 1e-5, "{name}: {found:e}, {expected:e}");
+            assert!(
+                (found / expected - 1.0).abs() <= 1e-5,
+                "{name}: {found:e}, {expected:e}"
+            );
         }
-        let total = per_layer.into_iter().reduce(|sum, loss| sum + loss).unwrap();
+        let total = per_layer
+            .into_iter()
+            .reduce(|sum, loss| sum + loss)
+            .unwrap();
         let gradients = total.backward();
         for layer in [1, 2] {
-            let FeedForward::Moe(moe) = &model.layers[layer].mlp else { panic!("dense") };
+            let FeedForward::Moe(moe) = &model.layers[layer].mlp else {
+                panic!("dense")
+            };
             let gradient = moe.gate.weight.val().grad(&gradients).unwrap().transpose();
             let key = format!("balance_grad.{name}.model.layers.{layer}.mlp.gate.weight");
             // The loss is about 1e-4 and its gradients are 1e-7 and less.
@@ -139,11 +172,18 @@ fn small_run(dir: &Path, set: &[&str]) -> TrainConfig {
         for file in 0..40 {
             let lines = (0..60).map(|line| {
                 let number = (file * 7919 + line * 104_729) % 9973;
-                format!("fn item_{}(x: u32) -> u32 {{ x * {number} + {line} }}\n", number % 13)
+                format!(
+                    "fn item_{}(x: u32) -> u32 {{ x * {number} + {line} }}\n",
+                    number % 13
+                )
             });
             std::fs::write(corpus.join(format!("{file}.rs")), lines.collect::<String>()).unwrap();
         }
-        std::fs::copy(fixture("tiny-mtp").join("config.json"), dir.join("model.json")).unwrap();
+        std::fs::copy(
+            fixture("tiny-mtp").join("config.json"),
+            dir.join("model.json"),
+        )
+        .unwrap();
         let text = format!(
             r#"
             [run]
@@ -179,15 +219,32 @@ fn small_run(dir: &Path, set: &[&str]) -> TrainConfig {
     TrainConfig::read(&dir.join("train.toml"), &set).unwrap()
 }
 
-fn start(config: &TrainConfig, resume: bool, interrupter: Interrupter) -> Result<RunSummary, TrainError> {
+fn start(
+    config: &TrainConfig,
+    resume: bool,
+    interrupter: Interrupter,
+) -> Result<RunSummary, TrainError> {
     let data = prepare(&config.data, config.run.seed, &mut |_| {}).unwrap();
     let renderer = Some(Box::new(quiet::Quiet) as _);
-    run(config, data, RunOptions { device: Device::flex(), resume, renderer, interrupter })
+    run(
+        config,
+        data,
+        RunOptions {
+            device: Device::flex(),
+            resume,
+            renderer,
+            interrupter,
+        },
+    )
 }
 
 /// All that must not depend on time.
 fn lasting(run: &Path) -> Vec<Record> {
-    let timeless = |report| StepReport { tokens_per_second: None, memory_bytes: None, ..report };
+    let timeless = |report| StepReport {
+        tokens_per_second: None,
+        memory_bytes: None,
+        ..report
+    };
     metrics::read(&run.join("metrics.jsonl"))
         .unwrap()
         .into_iter()
@@ -208,7 +265,10 @@ fn a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit() {
     assert_eq!(expected.len(), 12 + 3, "a line per step and validation");
 
     // Killed at some step: what is left is the newest checkpoint, a log that went further, and half a checkpoint.
-    let killed = small_run(dir.path(), &[&format!("run.directory={}/killed", dir.path().display())]);
+    let killed = small_run(
+        dir.path(),
+        &[&format!("run.directory={}/killed", dir.path().display())],
+    );
     start(&killed, false, Interrupter::new()).unwrap();
     let checkpoints = killed.run.directory.join("checkpoints");
     std::fs::remove_dir_all(checkpoints.join("step-00000012")).unwrap();
@@ -218,7 +278,10 @@ fn a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit() {
     assert_eq!(lasting(&killed.run.directory), expected);
 
     // Asked to stop: saves after the step under way.
-    let stopped = small_run(dir.path(), &[&format!("run.directory={}/stopped", dir.path().display())]);
+    let stopped = small_run(
+        dir.path(),
+        &[&format!("run.directory={}/stopped", dir.path().display())],
+    );
     let interrupter = Interrupter::new();
     interrupter.stop(Some("test"));
     let summary = start(&stopped, false, interrupter).unwrap();
@@ -228,14 +291,29 @@ fn a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit() {
 
     // The final weights are the same too, and the bias has moved.
     let weights = |config: &TrainConfig| {
-        std::fs::read(config.run.directory.join("checkpoints/latest/model.safetensors")).unwrap()
+        std::fs::read(
+            config
+                .run
+                .directory
+                .join("checkpoints/latest/model.safetensors"),
+        )
+        .unwrap()
     };
     assert_eq!(weights(&whole), weights(&killed));
     assert_eq!(weights(&whole), weights(&stopped));
-    let (_, model) =
-        checkpoint::load(&whole.run.directory.join("checkpoints/latest"), &Device::flex()).unwrap();
-    let FeedForward::Moe(moe) = &model.layers[1].mlp else { panic!("dense") };
-    assert!(values(moe.gate.e_score_correction_bias.val()).iter().any(|&bias| bias != 0.0));
+    let (_, model) = checkpoint::load(
+        &whole.run.directory.join("checkpoints/latest"),
+        &Device::flex(),
+    )
+    .unwrap();
+    let FeedForward::Moe(moe) = &model.layers[1].mlp else {
+        panic!("dense")
+    };
+    assert!(
+        values(moe.gate.e_score_correction_bias.val())
+            .iter()
+            .any(|&bias| bias != 0.0)
+    );
 }
 
 #[test]
@@ -243,19 +321,27 @@ fn runs_are_not_overwritten_and_not_resumed_differently() {
     let dir = tempfile::tempdir().unwrap();
     let config = small_run(dir.path(), &["run.steps=2"]);
     let error = start(&config, true, Interrupter::new()).unwrap_err();
-    assert!(matches!(error, TrainError::State(StateError::None { .. })), "{error}");
+    assert!(
+        matches!(error, TrainError::State(StateError::None { .. })),
+        "{error}"
+    );
     start(&config, false, Interrupter::new()).unwrap();
     let error = start(&config, false, Interrupter::new()).unwrap_err();
     assert!(matches!(error, TrainError::Exists { .. }), "{error}");
     let other = small_run(dir.path(), &["run.steps=4", "batch.sequences=3"]);
-    let error = start(&other, true, Interrupter::new()).unwrap_err().to_string();
+    let error = start(&other, true, Interrupter::new())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("batch was"), "{error}");
 }
 
 #[test]
 fn a_loss_that_is_not_finite_stops_before_the_update() {
     let dir = tempfile::tempdir().unwrap();
-    let config = small_run(dir.path(), &["schedule.peak=1e30", "schedule.warmup_steps=0"]);
+    let config = small_run(
+        dir.path(),
+        &["schedule.peak=1e30", "schedule.warmup_steps=0"],
+    );
     let error = start(&config, false, Interrupter::new()).unwrap_err();
     assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
 }

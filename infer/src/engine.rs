@@ -625,11 +625,10 @@ mod tests {
         assert!(refused("", false).starts_with("the prompt is empty"));
         assert!(refused("a", true).contains("no bos_token_id"));
 
-        let dir = changed(
-            json!({ "bos_token_id": null }),
-            json!({ "bos_token_id": 3 }),
-        );
-        assert_eq!(open(dir.path()).bos, Some(3));
+        for config in [json!({}), json!({ "bos_token_id": null })] {
+            let dir = changed(config, json!({ "bos_token_id": 3 }));
+            assert_eq!(open(dir.path()).bos, Some(3));
+        }
     }
 
     #[test]

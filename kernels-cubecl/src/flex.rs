@@ -18,6 +18,11 @@ pub(crate) fn is_native(device: &Device, dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F64) && is_flex(device)
 }
 
+/// As [`is_native`], for those that are written for f32 alone.
+pub(crate) fn is_native_f32(device: &Device, dtype: DType) -> bool {
+    dtype == DType::F32 && is_flex(device)
+}
+
 /// Element types of the native versions.
 pub(crate) trait Scalar:
     Element

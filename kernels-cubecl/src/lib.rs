@@ -10,10 +10,20 @@
 //! | [`permute::Permutation::by_expert`] | native counting sort | reference |
 //! | [`permute::permute`], [`permute::combine`] | native, hand-written backward | reference, Burn's autodiff |
 //! | [`grouped_gemm::grouped_matmul`] | native, hand-written backward | reference, Burn's autodiff |
+//! | [`attention::causal_attention`] | native for f32, hand-written backward | reference, Burn's autodiff |
+//! | [`cross_entropy::cross_entropy`] | native for f32, hand-written backward | reference, Burn's autodiff |
+//! | [`rms_norm::rms_norm`] | native for f32, hand-written backward | reference, Burn's autodiff |
+//! | [`swiglu::swiglu`] | native for f32, hand-written backward | reference, Burn's autodiff |
 //!
 //! The crate knows sizes, groups and element types, and nothing of any model.
 
+pub mod attention;
+pub mod cross_entropy;
 mod flex;
+mod gemm;
 pub mod grouped_gemm;
 pub mod permute;
+pub mod rms_norm;
 pub mod routing;
+pub mod swiglu;
+mod vector;

@@ -1,6 +1,7 @@
 //! Losses: next-token cross-entropy and the sequence-wise balance loss.
 
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, activation::log_softmax};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
+use deepburn_kernels::cross_entropy as kernels;
 
 use crate::moe::Routing;
 
@@ -11,11 +12,8 @@ use crate::moe::Routing;
 /// - `targets`: `[B, T]`
 pub fn cross_entropy(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
     let [batch, length, vocabulary] = logits.dims();
-    let log_probabilities = log_softmax(logits.reshape([batch * length, vocabulary]), 1);
-    log_probabilities
-        .gather(1, targets.reshape([batch * length, 1]))
-        .mean()
-        .neg()
+    let rows = batch * length;
+    kernels::cross_entropy(logits.reshape([rows, vocabulary]), targets.reshape([rows]))
 }
 
 /// Which experts the balance loss counts as chosen.

@@ -1,10 +1,7 @@
 //! The dense feed-forward part, also the form of the shared experts.
 
-use burn::{
-    module::Module,
-    nn::Linear,
-    tensor::{Tensor, activation::silu},
-};
+use burn::{module::Module, nn::Linear, tensor::Tensor};
+use deepburn_kernels::swiglu::swiglu;
 
 use crate::init::Initializer;
 
@@ -34,8 +31,10 @@ impl Mlp {
     /// # Shapes
     /// - `x`: `[..., D]`, as the result
     pub fn forward<const N: usize>(&self, x: Tensor<N>) -> Tensor<N> {
-        self.down_proj
-            .forward(silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x))
+        self.down_proj.forward(swiglu(
+            self.gate_proj.forward(x.clone()),
+            self.up_proj.forward(x),
+        ))
     }
 }
 

@@ -4,6 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::Tensor,
 };
+use deepburn_kernels::rms_norm::rms_norm;
 
 use crate::init::Initializer;
 
@@ -29,8 +30,7 @@ impl RmsNorm {
     /// # Shapes
     /// - `x`: `[..., D]`, as the result
     pub fn forward<const N: usize>(&self, x: Tensor<N>) -> Tensor<N> {
-        let mean_square = x.clone().square().mean_dim(N - 1);
-        x * (mean_square + self.epsilon).sqrt().recip() * self.weight.val().unsqueeze()
+        rms_norm(x, self.weight.val(), self.epsilon)
     }
 }
 

@@ -40,7 +40,9 @@ impl Reference {
 }
 
 pub(crate) fn fixture(case: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(case)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(case)
 }
 
 /// All tensors of a file of a case, as f32 (the integers in them are small).
@@ -64,7 +66,13 @@ pub(crate) fn references(case: &str, file: &str) -> BTreeMap<String, Reference> 
                     .collect(),
                 other => panic!("{name}: {other:?}"),
             };
-            (name, Reference { shape: view.shape().to_vec(), values })
+            (
+                name,
+                Reference {
+                    shape: view.shape().to_vec(),
+                    values,
+                },
+            )
         })
         .collect()
 }
@@ -80,13 +88,23 @@ pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 /// Asserts that the largest difference is within `tolerance`; says where it is.
 #[track_caller]
 pub(crate) fn assert_close(name: &str, found: &[f32], expected: &Reference, tolerance: f32) {
-    assert_eq!(found.len(), expected.values.len(), "{name}: number of elements");
+    assert_eq!(
+        found.len(),
+        expected.values.len(),
+        "{name}: number of elements"
+    );
     let (at, worst) = found
         .iter()
         .zip(&expected.values)
         .map(|(a, b)| (a - b).abs())
         .enumerate()
-        .fold((0, 0f32), |worst, (at, d)| if d > worst.1 || d.is_nan() { (at, d) } else { worst });
+        .fold((0, 0f32), |worst, (at, d)| {
+            if d > worst.1 || d.is_nan() {
+                (at, d)
+            } else {
+                worst
+            }
+        });
     assert!(
         worst <= tolerance,
         "{name}: off by {worst:e} at {at} of {:?} (found {}, expected {}), tolerance {tolerance:e}",

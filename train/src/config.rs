@@ -133,7 +133,13 @@ pub struct OptimizerConfig {
 
 impl Default for OptimizerConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip_norm: 1.0 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            clip_norm: 1.0,
+        }
     }
 }
 
@@ -193,7 +199,10 @@ pub struct ValidationConfig {
 
 impl Default for ValidationConfig {
     fn default() -> Self {
-        Self { interval: 200, windows: 64 }
+        Self {
+            interval: 200,
+            windows: 64,
+        }
     }
 }
 
@@ -209,7 +218,10 @@ pub struct CheckpointConfig {
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { interval: 500, keep: 2 }
+        Self {
+            interval: 500,
+            keep: 2,
+        }
     }
 }
 
@@ -223,8 +235,10 @@ impl TrainConfig {
     /// # Errors
     /// An unreadable file, an unknown key, or a value that breaks a rule.
     pub fn read(path: &Path, set: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let mut config = Self::parse(&text, set)
             .map_err(|error| error.in_file(path))?
@@ -260,25 +274,46 @@ impl TrainConfig {
         }
         if self.batch.sequence_length < 2 {
             let rule = "must be at least 2";
-            return Err(ConfigError::rule("batch.sequence_length", self.batch.sequence_length, rule));
+            return Err(ConfigError::rule(
+                "batch.sequence_length",
+                self.batch.sequence_length,
+                rule,
+            ));
         }
         let optimizer = &self.optimizer;
         for (key, beta) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
             if !(0.0..1.0).contains(&beta) {
-                return Err(ConfigError::rule(&format!("optimizer.{key}"), beta, "must be at least 0, below 1"));
+                return Err(ConfigError::rule(
+                    &format!("optimizer.{key}"),
+                    beta,
+                    "must be at least 0, below 1",
+                ));
             }
         }
         let not_negative = [
             ("optimizer.weight_decay", optimizer.weight_decay),
-            ("loss.sequence_balance_loss_weight", self.loss.sequence_balance_loss_weight),
+            (
+                "loss.sequence_balance_loss_weight",
+                self.loss.sequence_balance_loss_weight,
+            ),
             ("loss.mtp_weight.first", self.loss.mtp_weight.first),
             ("loss.mtp_weight.then", self.loss.mtp_weight.then),
-            ("loss.bias_update_speed.first", self.loss.bias_update_speed.first),
-            ("loss.bias_update_speed.then", self.loss.bias_update_speed.then),
+            (
+                "loss.bias_update_speed.first",
+                self.loss.bias_update_speed.first,
+            ),
+            (
+                "loss.bias_update_speed.then",
+                self.loss.bias_update_speed.then,
+            ),
         ];
         for (key, value) in not_negative {
             if !(value.is_finite() && value >= 0.0) {
-                return Err(ConfigError::rule(key, value, "must be zero or a positive number"));
+                return Err(ConfigError::rule(
+                    key,
+                    value,
+                    "must be zero or a positive number",
+                ));
             }
         }
         for (key, value) in [
@@ -305,26 +340,44 @@ impl TrainConfig {
 
 impl ConfigError {
     fn syntax(error: impl std::fmt::Display) -> Self {
-        Self::Syntax { path: PathBuf::new(), what: error.to_string().trim_end().to_owned() }
+        Self::Syntax {
+            path: PathBuf::new(),
+            what: error.to_string().trim_end().to_owned(),
+        }
     }
 
     fn in_file(self, file: &Path) -> Self {
         match self {
-            Self::Syntax { what, .. } => Self::Syntax { path: file.to_owned(), what },
+            Self::Syntax { what, .. } => Self::Syntax {
+                path: file.to_owned(),
+                what,
+            },
             other => other,
         }
     }
 
     fn rule(key: &str, value: impl std::fmt::Display, rule: &str) -> Self {
-        Self::Rule { key: key.to_owned(), value: value.to_string(), rule: rule.to_owned() }
+        Self::Rule {
+            key: key.to_owned(),
+            value: value.to_string(),
+            rule: rule.to_owned(),
+        }
     }
 }
 
 fn assign(table: &mut toml::Table, text: &str) -> Result<(), ConfigError> {
-    let wrong = |what: &str| ConfigError::Set { text: text.to_owned(), what: what.to_owned() };
-    let (key, value) = text.split_once('=').ok_or_else(|| wrong("expected section.key=value"))?;
+    let wrong = |what: &str| ConfigError::Set {
+        text: text.to_owned(),
+        what: what.to_owned(),
+    };
+    let (key, value) = text
+        .split_once('=')
+        .ok_or_else(|| wrong("expected section.key=value"))?;
     let mut names: Vec<&str> = key.trim().split('.').collect();
-    let last = names.pop().filter(|name| !name.is_empty()).ok_or_else(|| wrong("expected a key"))?;
+    let last = names
+        .pop()
+        .filter(|name| !name.is_empty())
+        .ok_or_else(|| wrong("expected a key"))?;
     let mut place = table;
     for name in names {
         place = place
@@ -372,18 +425,28 @@ mod tests {
     #[test]
     fn defaults_are_the_reports() {
         let config = read(&[]).unwrap();
-        assert_eq!((config.optimizer.beta1, config.optimizer.beta2), (0.9, 0.95));
+        assert_eq!(
+            (config.optimizer.beta1, config.optimizer.beta2),
+            (0.9, 0.95)
+        );
         assert_eq!(config.loss.bias_update_speed.first, 0.001);
         assert_eq!(config.tokens_per_step(), 32);
     }
 
     #[test]
     fn values_are_set_over_the_file() {
-        let config =
-            read(&["run.steps=20", "run.directory=runs/y", "loss.mtp_weight.first=0.2"]);
+        let config = read(&[
+            "run.steps=20",
+            "run.directory=runs/y",
+            "loss.mtp_weight.first=0.2",
+        ]);
         // A partly given table lacks the others.
         assert!(config.unwrap_err().contains("missing field"));
-        let config = read(&["run.steps=20", "run.directory = runs/y", "optimizer.clip_norm=0.5"]);
+        let config = read(&[
+            "run.steps=20",
+            "run.directory = runs/y",
+            "optimizer.clip_norm=0.5",
+        ]);
         let config = config.unwrap();
         assert_eq!((config.run.steps, config.optimizer.clip_norm), (20, 0.5));
         assert_eq!(config.run.directory, Path::new("runs/y"));
@@ -391,10 +454,24 @@ mod tests {
 
     #[test]
     fn errors_name_what_is_wrong() {
-        assert!(read(&["run.stepps=20"]).unwrap_err().contains("unknown field `stepps`"));
-        assert!(read(&["run.steps=many"]).unwrap_err().contains("expected u64"));
-        assert_eq!(read(&["run.steps=0"]).unwrap_err(), "run.steps = 0: must be positive");
-        assert_eq!(read(&["steps"]).unwrap_err(), "--set steps: expected section.key=value");
+        assert!(
+            read(&["run.stepps=20"])
+                .unwrap_err()
+                .contains("unknown field `stepps`")
+        );
+        assert!(
+            read(&["run.steps=many"])
+                .unwrap_err()
+                .contains("expected u64")
+        );
+        assert_eq!(
+            read(&["run.steps=0"]).unwrap_err(),
+            "run.steps = 0: must be positive"
+        );
+        assert_eq!(
+            read(&["steps"]).unwrap_err(),
+            "--set steps: expected section.key=value"
+        );
         assert_eq!(
             read(&["run.steps.x=1"]).unwrap_err(),
             "--set run.steps.x=1: steps is a value, not a section"

@@ -33,31 +33,48 @@ pub struct Batch {
 impl Batch {
     /// Tokens that are predicted: B L.
     pub fn predicted(&self) -> u64 {
-        self.windows.iter().map(|window| window.len() as u64 - 1).sum()
+        self.windows
+            .iter()
+            .map(|window| window.len() as u64 - 1)
+            .sum()
     }
 
     fn tokens(&self, device: &Device) -> Tensor<2, Int> {
         let columns = self.windows.first().map_or(0, Vec::len);
-        let tokens: Vec<i32> = self.windows.iter().flatten().map(|&token| token as i32).collect();
-        Tensor::from_data(TensorData::new(tokens, [self.windows.len(), columns]), device)
+        let tokens: Vec<i32> = self
+            .windows
+            .iter()
+            .flatten()
+            .map(|&token| token as i32)
+            .collect();
+        Tensor::from_data(
+            TensorData::new(tokens, [self.windows.len(), columns]),
+            device,
+        )
     }
 
-    /// A number per input token that grows after each document's end.
-    fn documents(&self, device: &Device) -> Option<Tensor<2, Int>> {
+    /// The start of the document of each input token, where attention is to stay within documents. `[B, L]`
+    fn first(&self, device: &Device) -> Option<Tensor<2, Int>> {
         let end = self.document_end?;
         let length = self.windows.first()?.len() - 1;
-        let numbers: Vec<i32> = self
+        let starts: Vec<i32> = self
             .windows
             .iter()
             .flat_map(|window| {
-                window[..length].iter().scan(0, |document, &token| {
-                    let current = *document;
-                    *document += i32::from(token == end);
+                let positions = window[..length].iter().zip(0..);
+                positions.scan(0, |start, (&token, position)| {
+                    let current = *start;
+                    if token == end {
+                        *start = position + 1;
+                    }
                     Some(current)
                 })
             })
             .collect();
-        Some(Tensor::from_data(TensorData::new(numbers, [self.windows.len(), length]), device))
+        Some(Tensor::from_data(
+            TensorData::new(starts, [self.windows.len(), length]),
+            device,
+        ))
     }
 }
 
@@ -98,7 +115,12 @@ pub struct StepSettings {
 impl Exchange {
     /// An exchange with the settings of the first step.
     pub fn new(settings: StepSettings) -> Self {
-        let state = State { settings, loads: Vec::new(), gradient_norm: 0.0, snapshot: None };
+        let state = State {
+            settings,
+            loads: Vec::new(),
+            gradient_norm: 0.0,
+            snapshot: None,
+        };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -130,7 +152,9 @@ impl Exchange {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn add_loads(&self, loads: &[Vec<u64>]) {
@@ -158,7 +182,12 @@ impl Trainee {
         let loads: Vec<Vec<u64>> = losses
             .loads
             .into_iter()
-            .map(|load| load.into_data().iter::<i64>().map(|load| load as u64).collect())
+            .map(|load| {
+                load.into_data()
+                    .iter::<i64>()
+                    .map(|load| load as u64)
+                    .collect()
+            })
             .collect();
         let report = StepReport {
             predicted_tokens: batch.predicted(),
@@ -174,7 +203,12 @@ impl Trainee {
     fn losses(&self, batch: &Batch) -> step::Losses {
         let device = self.model.norm.weight.val().device();
         let weights = self.exchange.lock().settings.weights;
-        step::losses(&self.model, batch.tokens(&device), batch.documents(&device), weights)
+        step::losses(
+            &self.model,
+            batch.tokens(&device),
+            batch.first(&device),
+            weights,
+        )
     }
 }
 
@@ -228,9 +262,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn documents_change_after_their_end() {
-        let batch = Batch { windows: vec![vec![5, 1, 6, 1, 1, 7]], document_end: Some(1) };
-        let numbers = batch.documents(&Device::flex()).unwrap();
-        assert_eq!(numbers.into_data().iter::<i32>().collect::<Vec<_>>(), [0, 0, 1, 1, 2]);
+    fn documents_start_after_the_end_of_others() {
+        let batch = Batch {
+            windows: vec![vec![5, 1, 6, 1, 1, 7]],
+            document_end: Some(1),
+        };
+        let starts = batch.first(&Device::flex()).unwrap();
+        assert_eq!(
+            starts.into_data().iter::<i32>().collect::<Vec<_>>(),
+            [0, 0, 2, 2, 4]
+        );
     }
 }

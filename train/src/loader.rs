@@ -35,19 +35,36 @@ impl WindowLoader {
         windows: std::ops::Range<u64>,
         document_end: Option<u32>,
     ) -> Self {
-        Self { data, sequences, start: windows.start, end: windows.end, stride: 1, document_end }
+        Self {
+            data,
+            sequences,
+            start: windows.start,
+            end: windows.end,
+            stride: 1,
+            document_end,
+        }
     }
 
     /// At most `count` windows, evenly spread over the data.
     pub fn spread(self, count: u64) -> Self {
         let count = count.clamp(1, self.data.len());
-        Self { start: 0, end: count, stride: self.data.len() / count, ..self }
+        Self {
+            start: 0,
+            end: count,
+            stride: self.data.len() / count,
+            ..self
+        }
     }
 }
 
 impl DataLoader<Batch> for WindowLoader {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch> + 'a> {
-        Box::new(Windows { loader: self, cursor: Cursor { consumed: self.start } })
+        Box::new(Windows {
+            loader: self,
+            cursor: Cursor {
+                consumed: self.start,
+            },
+        })
     }
 
     fn num_items(&self) -> usize {
@@ -61,7 +78,11 @@ impl DataLoader<Batch> for WindowLoader {
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<Batch>> {
         let (start, end) = (self.start + start as u64, self.start + end as u64);
-        Arc::new(Self { start, end: end.min(self.end), ..self.clone() })
+        Arc::new(Self {
+            start,
+            end: end.min(self.end),
+            ..self.clone()
+        })
     }
 }
 
@@ -81,13 +102,22 @@ impl Iterator for Windows<'_> {
         }
         let windows: Result<Vec<_>, _> = (self.cursor.consumed..)
             .take(count)
-            .map(|window| Cursor { consumed: window * self.loader.stride })
-            .map(|mut cursor| cursor.next(&self.loader.data, 1).map(|mut windows| windows.remove(0)))
+            .map(|window| Cursor {
+                consumed: window * self.loader.stride,
+            })
+            .map(|mut cursor| {
+                cursor
+                    .next(&self.loader.data, 1)
+                    .map(|mut windows| windows.remove(0))
+            })
             .collect();
         self.cursor.consumed += count as u64;
         let document_end = self.loader.document_end;
         Some(match windows {
-            Ok(windows) => Ok(Batch { windows, document_end }),
+            Ok(windows) => Ok(Batch {
+                windows,
+                document_end,
+            }),
             Err(error) => Err(DatasetError::new(error)),
         })
     }

@@ -44,7 +44,10 @@ impl MetricsLog {
     /// What the file system answers.
     pub fn open(run: &Path, step: u64) -> Result<Self, CheckpointError> {
         let path = run.join("metrics.jsonl");
-        let error = |source| CheckpointError::Io { path: path.clone(), source };
+        let error = |source| CheckpointError::Io {
+            path: path.clone(),
+            source,
+        };
         if path.exists() {
             let kept: String = read(&path)
                 .map_err(error)?
@@ -54,7 +57,11 @@ impl MetricsLog {
                 .collect();
             write_file(&path, kept.as_bytes())?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(error)?;
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(error)?;
         Ok(Self { path, file })
     }
 
@@ -65,7 +72,10 @@ impl MetricsLog {
     pub fn write(&mut self, record: &Record) -> Result<(), CheckpointError> {
         self.file
             .write_all(line(record).as_bytes())
-            .map_err(|source| CheckpointError::Io { path: self.path.clone(), source })
+            .map_err(|source| CheckpointError::Io {
+                path: self.path.clone(),
+                source,
+            })
     }
 }
 
@@ -97,7 +107,13 @@ mod tests {
     #[test]
     fn going_on_cuts_what_a_lost_part_of_the_run_wrote() {
         let dir = tempfile::tempdir().unwrap();
-        let record = |step| Record::Train(StepReport { step, main: 0.1, ..StepReport::default() });
+        let record = |step| {
+            Record::Train(StepReport {
+                step,
+                main: 0.1,
+                ..StepReport::default()
+            })
+        };
         let mut log = MetricsLog::open(dir.path(), 0).unwrap();
         for step in 1..=4 {
             log.write(&record(step)).unwrap();

@@ -2,15 +2,15 @@
 
 use burn::{
     backend::ExecutionError,
+    tensor::TensorReadError,
     train::{
         ItemLazy,
         metric::{
-            Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes,
-            NumericEntry, SerializedEntry,
+            Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric,
+            NumericAttributes, NumericEntry, SerializedEntry,
             state::{FormatOptions, NumericMetricState},
         },
     },
-    tensor::TensorReadError,
 };
 use serde::{Deserialize, Serialize};
 
@@ -66,7 +66,10 @@ impl StepReport {
     pub fn mean(reports: &[Self]) -> Self {
         let total: u64 = reports.iter().map(|report| report.predicted_tokens).sum();
         let mean = |value: &dyn Fn(&Self) -> f64| {
-            let sum: f64 = reports.iter().map(|r| value(r) * r.predicted_tokens as f64).sum();
+            let sum: f64 = reports
+                .iter()
+                .map(|r| value(r) * r.predicted_tokens as f64)
+                .sum();
             sum / total as f64
         };
         let depths = reports.first().map_or(0, |report| report.mtp.len());
@@ -74,7 +77,9 @@ impl StepReport {
             predicted_tokens: total,
             loss: mean(&|report| report.loss),
             main: mean(&|report| report.main),
-            mtp: (0..depths).map(|depth| mean(&|report| report.mtp[depth])).collect(),
+            mtp: (0..depths)
+                .map(|depth| mean(&|report| report.mtp[depth]))
+                .collect(),
             balance: mean(&|report| report.balance),
             ..Self::default()
         }
@@ -89,7 +94,10 @@ impl StepReport {
 
     /// Fills in how balanced the load was.
     pub fn with_loads(mut self, loads: &[Vec<u64>]) -> Self {
-        self.max_violation = loads.iter().map(|load| balance::max_violation(load)).collect();
+        self.max_violation = loads
+            .iter()
+            .map(|load| balance::max_violation(load))
+            .collect();
         self.worst_violation = self.max_violation.iter().copied().reduce(f64::max);
         self.dead_experts = Some(loads.iter().map(|load| balance::dead_experts(load)).sum());
         self
@@ -127,9 +135,12 @@ impl Measure {
             Self::new("Learning rate", None, false, |r| r.learning_rate),
             Self::new("Tokens per second", None, true, |r| r.tokens_per_second),
             Self::new("MaxVio", None, false, |r| r.worst_violation),
-            Self::new("Dead experts", None, false, |r| r.dead_experts.map(|dead| dead as f64)),
+            Self::new("Dead experts", None, false, |r| {
+                r.dead_experts.map(|dead| dead as f64)
+            }),
             Self::new("Memory", Some("MiB"), false, |r| {
-                r.memory_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))
+                r.memory_bytes
+                    .map(|bytes| bytes as f64 / f64::from(1 << 20))
             }),
         ]);
         measures
@@ -152,7 +163,13 @@ impl Measure {
         pick: fn(&StepReport) -> Option<f64>,
     ) -> Self {
         let state = NumericMetricState::default();
-        Self { name: name.to_owned().into(), unit, higher_is_better, pick, state }
+        Self {
+            name: name.to_owned().into(),
+            unit,
+            higher_is_better,
+            pick,
+            state,
+        }
     }
 
     fn format(&self) -> FormatOptions {
@@ -229,12 +246,18 @@ mod tests {
             ..StepReport::default()
         };
         let mean = StepReport::mean(&[report(1, 1.0), report(3, 5.0)]);
-        assert_eq!((mean.predicted_tokens, mean.main, mean.mtp), (4, 4.0, vec![8.0]));
+        assert_eq!(
+            (mean.predicted_tokens, mean.main, mean.mtp),
+            (4, 4.0, vec![8.0])
+        );
     }
 
     #[test]
     fn bits_per_byte_is_nats_over_bytes() {
-        let report = StepReport { main: 2.0 * std::f64::consts::LN_2, ..StepReport::default() };
+        let report = StepReport {
+            main: 2.0 * std::f64::consts::LN_2,
+            ..StepReport::default()
+        };
         assert_eq!(report.with_text_measures(4.0).bits_per_byte, 0.5);
     }
 }

@@ -73,7 +73,9 @@ pub enum TrainError {
         depth: usize,
     },
     /// A new run where there is one.
-    #[error("{path}: there are checkpoints of an earlier run; resume it, or choose another run.directory")]
+    #[error(
+        "{path}: there are checkpoints of an earlier run; resume it, or choose another run.directory"
+    )]
     Exists {
         /// The run's folder.
         path: PathBuf,
@@ -129,17 +131,28 @@ pub struct RunSummary {
 ///
 /// # Errors
 /// Anything that keeps the run from its last step, except being asked to stop. What was saved stays.
-pub fn run(config: &TrainConfig, data: Prepared, options: RunOptions) -> Result<RunSummary, TrainError> {
+pub fn run(
+    config: &TrainConfig,
+    data: Prepared,
+    options: RunOptions,
+) -> Result<RunSummary, TrainError> {
     let shape = shape_for(config, &data)?;
     let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
     let (model, done, record) = match (options.resume, checkpoints.latest()) {
-        (false, Some(_)) => return Err(TrainError::Exists { path: config.run.directory.clone() }),
+        (false, Some(_)) => {
+            return Err(TrainError::Exists {
+                path: config.run.directory.clone(),
+            });
+        }
         (false, None) => {
             let model = Transformer::new(&shape, config.run.seed, &options.device);
             (model, 0, None)
         }
         (true, None) => {
-            return Err(StateError::None { path: config.run.directory.clone() }.into());
+            return Err(StateError::None {
+                path: config.run.directory.clone(),
+            }
+            .into());
         }
         (true, Some(path)) => {
             let (state, record) = state::read(&path)?;
@@ -154,8 +167,10 @@ pub fn run(config: &TrainConfig, data: Prepared, options: RunOptions) -> Result<
     };
 
     let folder = &config.run.directory;
-    std::fs::create_dir_all(folder)
-        .map_err(|source| CheckpointError::Io { path: folder.clone(), source })?;
+    std::fs::create_dir_all(folder).map_err(|source| CheckpointError::Io {
+        path: folder.clone(),
+        source,
+    })?;
     let exchange = Exchange::new(settings(config, done));
     let trainee = Trainee::new(model, exchange.clone()).train();
     let rate = ReportSchedule::new(config.schedule.clone(), config.run.steps, done);
@@ -164,7 +179,10 @@ pub fn run(config: &TrainConfig, data: Prepared, options: RunOptions) -> Result<
         learner.load_optim(record);
     }
     let (train, valid) = loaders(config, &data, done)?;
-    let outcome = Arc::new(Mutex::new(Outcome { steps: done, ..Outcome::default() }));
+    let outcome = Arc::new(Mutex::new(Outcome {
+        steps: done,
+        ..Outcome::default()
+    }));
     let strategy = SingleDevice {
         device: options.device.clone().autodiff(),
         config: config.clone(),
@@ -175,12 +193,13 @@ pub fn run(config: &TrainConfig, data: Prepared, options: RunOptions) -> Result<
         outcome: outcome.clone(),
     };
     let stretches = config.run.steps.div_ceil(config.validation.interval) as usize;
-    let mut training = SupervisedTraining::new(&config.run.directory, Arc::new(train), Arc::new(valid))
-        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
-        .with_metric_logger(InMemoryMetricLogger::new())
-        .with_application_logger(None)
-        .with_interrupter(options.interrupter)
-        .num_epochs(stretches);
+    let mut training =
+        SupervisedTraining::new(&config.run.directory, Arc::new(train), Arc::new(valid))
+            .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+            .with_metric_logger(InMemoryMetricLogger::new())
+            .with_application_logger(None)
+            .with_interrupter(options.interrupter)
+            .num_epochs(stretches);
     for measure in Measure::of_training() {
         training = training.metric_train_numeric(measure);
     }
@@ -218,10 +237,16 @@ fn shape_for(config: &TrainConfig, data: &Prepared) -> Result<ModelConfig, Train
     .validate()?;
     let length = config.batch.sequence_length;
     if length > shape.max_position_embeddings {
-        return Err(TrainError::TooLong { length, limit: shape.max_position_embeddings });
+        return Err(TrainError::TooLong {
+            length,
+            limit: shape.max_position_embeddings,
+        });
     }
     if length <= shape.num_nextn_predict_layers {
-        return Err(TrainError::TooShort { length, depth: shape.num_nextn_predict_layers });
+        return Err(TrainError::TooShort {
+            length,
+            depth: shape.num_nextn_predict_layers,
+        });
     }
     Ok(shape)
 }

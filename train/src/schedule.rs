@@ -104,17 +104,29 @@ pub struct Switch {
 impl Switch {
     /// The value of `step` (from 0) in a run of `steps`.
     pub fn at(&self, step: u64, steps: u64) -> f64 {
-        if fraction(step, steps) < self.at { self.first } else { self.then }
+        if fraction(step, steps) < self.at {
+            self.first
+        } else {
+            self.then
+        }
     }
 
     /// Lambda, the weight of the MTP loss: 0.3 for 10T tokens, then 0.1.
     pub fn mtp_weight() -> Self {
-        Self { first: 0.3, then: 0.1, at: 10.0 / 14.8 }
+        Self {
+            first: 0.3,
+            then: 0.1,
+            at: 10.0 / 14.8,
+        }
     }
 
     /// Gamma, the speed of the selection bias: 0.001 for 14.3T tokens, then 0.
     pub fn bias_speed() -> Self {
-        Self { first: 0.001, then: 0.0, at: 14.3 / 14.8 }
+        Self {
+            first: 0.001,
+            then: 0.0,
+            at: 14.3 / 14.8,
+        }
     }
 }
 
@@ -143,7 +155,10 @@ mod tests {
     fn the_reports_learning_rates() {
         let rate = |step| report().at(step, 14_800_000);
         let close = |found: f64, expected: f64| {
-            assert!((found / expected - 1.0).abs() < 1e-6, "found {found:e}, expected {expected:e}");
+            assert!(
+                (found / expected - 1.0).abs() < 1e-6,
+                "found {found:e}, expected {expected:e}"
+            );
         };
         close(rate(0), 2.2e-4 / 2000.0);
         close(rate(1999), 2.2e-4);
@@ -157,13 +172,22 @@ mod tests {
     #[test]
     fn switches_change_once() {
         let gamma = Switch::bias_speed();
-        assert_eq!([gamma.at(0, 100), gamma.at(96, 100), gamma.at(97, 100)], [0.001, 0.001, 0.0]);
+        assert_eq!(
+            [gamma.at(0, 100), gamma.at(96, 100), gamma.at(97, 100)],
+            [0.001, 0.001, 0.0]
+        );
     }
 
     #[test]
     fn unordered_points_are_a_problem() {
         assert_eq!(report().problem(), None);
-        let wrong = LearningRate { decay_end: 0.5, ..report() };
-        assert_eq!(wrong.problem(), Some(("decay_end", 0.5, "must be decay_start to 1")));
+        let wrong = LearningRate {
+            decay_end: 0.5,
+            ..report()
+        };
+        assert_eq!(
+            wrong.problem(),
+            Some(("decay_end", 0.5, "must be decay_start to 1"))
+        );
     }
 }

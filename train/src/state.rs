@@ -108,7 +108,9 @@ impl RunState {
             format: FORMAT,
             deepburn_version: env!("CARGO_PKG_VERSION").into(),
             step,
-            cursor: Cursor { consumed: step * windows },
+            cursor: Cursor {
+                consumed: step * windows,
+            },
             seed: config.run.seed,
             tokenizer_sha256: data.report.tokenizer_sha256.clone(),
             train_tokens: data.report.train.tokens,
@@ -142,7 +144,10 @@ pub struct Contents<'a> {
 impl Checkpoints {
     /// The checkpoints below a run's folder, of which the newest `keep` are kept.
     pub fn new(run: &Path, keep: usize) -> Self {
-        Self { folder: run.join("checkpoints"), keep }
+        Self {
+            folder: run.join("checkpoints"),
+            keep,
+        }
     }
 
     /// The newest complete checkpoint.
@@ -152,11 +157,19 @@ impl Checkpoints {
 
     /// Complete checkpoints, oldest first. A folder under its final name is complete.
     fn all(&self) -> Vec<PathBuf> {
-        let Ok(entries) = fs::read_dir(&self.folder) else { return Vec::new() };
-        let named = |path: &PathBuf| {
-            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("step-"))
+        let Ok(entries) = fs::read_dir(&self.folder) else {
+            return Vec::new();
         };
-        let mut found: Vec<_> = entries.flatten().map(|entry| entry.path()).filter(named).collect();
+        let named = |path: &PathBuf| {
+            path.file_name()
+                .and_then(|name| name.to_str())
+                .is_some_and(|name| name.starts_with("step-"))
+        };
+        let mut found: Vec<_> = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(named)
+            .collect();
         found.sort();
         found
     }
@@ -165,7 +178,11 @@ impl Checkpoints {
     ///
     /// # Errors
     /// What the file system answers.
-    pub fn write(&self, contents: Contents<'_>, record: OptimizerRecord) -> Result<PathBuf, StateError> {
+    pub fn write(
+        &self,
+        contents: Contents<'_>,
+        record: OptimizerRecord,
+    ) -> Result<PathBuf, StateError> {
         let path = self.folder.join(format!("step-{:08}", contents.state.step));
         write_directory(&path, |staging| fill(staging, contents, record))?;
         self.point_latest_to(&path)?;
@@ -198,7 +215,12 @@ impl Checkpoints {
 }
 
 fn fill(folder: &Path, contents: Contents<'_>, record: OptimizerRecord) -> Result<(), StateError> {
-    checkpoint::save(contents.model, contents.shape, folder, &SaveOptions::default())?;
+    checkpoint::save(
+        contents.model,
+        contents.shape,
+        folder,
+        &SaveOptions::default(),
+    )?;
     write_tokenizer(folder, contents.tokenizer, contents.shape)?;
     let training = folder.join("training");
     fs::create_dir(&training).map_err(io_error(&training))?;
@@ -207,7 +229,9 @@ fn fill(folder: &Path, contents: Contents<'_>, record: OptimizerRecord) -> Resul
     let config = toml::to_string(contents.config).expect("read from such a file");
     write_file(&training.join("config.toml"), config.as_bytes())?;
     let path = training.join("optimizer.bpk");
-    record.save(&path).map_err(|source| StateError::Optimizer { path, source })
+    record
+        .save(&path)
+        .map_err(|source| StateError::Optimizer { path, source })
 }
 
 /// The tokenizer with the files by which transformers knows its special tokens.
@@ -232,7 +256,10 @@ fn write_tokenizer(folder: &Path, tokenizer: &Path, shape: &ModelConfig) -> Resu
         "bos_token_id": shape.bos_token_id,
         "eos_token_id": shape.eos_token_id,
     });
-    for (name, value) in [("tokenizer_config.json", config), ("generation_config.json", generation)] {
+    for (name, value) in [
+        ("tokenizer_config.json", config),
+        ("generation_config.json", generation),
+    ] {
         let text = serde_json::to_string_pretty(&value).expect("a map with string keys") + "\n";
         write_file(&folder.join(name), text.as_bytes())?;
     }
@@ -246,15 +273,17 @@ fn write_tokenizer(folder: &Path, tokenizer: &Path, shape: &ModelConfig) -> Resu
 pub fn read(checkpoint: &Path) -> Result<(RunState, OptimizerRecord), StateError> {
     let path = checkpoint.join("training/state.json");
     let text = fs::read_to_string(&path).map_err(io_error(&path))?;
-    let state: RunState = serde_json::from_str(&text)
-        .map_err(|error| StateError::State { path: path.clone(), what: error.to_string() })?;
+    let state: RunState = serde_json::from_str(&text).map_err(|error| StateError::State {
+        path: path.clone(),
+        what: error.to_string(),
+    })?;
     if state.format != FORMAT {
         let what = format!("format is {}, expected {FORMAT}", state.format);
         return Err(StateError::State { path, what });
     }
     let path = checkpoint.join("training/optimizer.bpk");
-    let record = OptimizerRecord::load(&path)
-        .map_err(|source| StateError::Optimizer { path, source })?;
+    let record =
+        OptimizerRecord::load(&path).map_err(|source| StateError::Optimizer { path, source })?;
     Ok((state, record))
 }
 
@@ -271,11 +300,28 @@ pub fn check_unchanged(
         if found == expected {
             return Ok(());
         }
-        Err(StateError::Changed { path: checkpoint.to_owned(), key, found, expected })
+        Err(StateError::Changed {
+            path: checkpoint.to_owned(),
+            key,
+            found,
+            expected,
+        })
     };
-    differ("run.seed", found.seed.to_string(), expected.seed.to_string())?;
-    differ("batch", format!("{:?}", found.batch), format!("{:?}", expected.batch))?;
-    differ("the tokenizer", found.tokenizer_sha256.clone(), expected.tokenizer_sha256.clone())?;
+    differ(
+        "run.seed",
+        found.seed.to_string(),
+        expected.seed.to_string(),
+    )?;
+    differ(
+        "batch",
+        format!("{:?}", found.batch),
+        format!("{:?}", expected.batch),
+    )?;
+    differ(
+        "the tokenizer",
+        found.tokenizer_sha256.clone(),
+        expected.tokenizer_sha256.clone(),
+    )?;
     let tokens = |state: &RunState| format!("{} tokens", state.train_tokens);
     differ("the training split", tokens(found), tokens(expected))
 }

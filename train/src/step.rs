@@ -2,7 +2,9 @@
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
-    optim::{GradientsParams, ModuleOptimizer, lr_scheduler::module_lr_scheduler::ModuleLearningRate},
+    optim::{
+        GradientsParams, ModuleOptimizer, lr_scheduler::module_lr_scheduler::ModuleLearningRate,
+    },
     tensor::{Int, Tensor, TensorData},
 };
 use deepburn_model::{
@@ -45,19 +47,19 @@ pub struct Losses {
 ///
 /// # Shapes
 /// - `windows`: `[B, L + 1]`, inputs and their last target
-/// - `documents`: `[B, L]`, where attention is to stay within documents
+/// - `first`: `[B, L]`, the first position that each one sees, where attention is to stay within documents
 pub fn losses(
     model: &Transformer,
     windows: Tensor<2, Int>,
-    documents: Option<Tensor<2, Int>>,
+    first: Option<Tensor<2, Int>>,
     weights: LossWeights,
 ) -> Losses {
     let [batch, columns] = windows.dims();
     let length = columns - 1;
     let device = windows.device();
-    let mask = |length: usize| match &documents {
-        Some(documents) => AttentionMask::within_documents(documents.clone().narrow(1, 0, length)),
-        None => AttentionMask::causal(length, length, &device),
+    let mask = |length: usize| match &first {
+        Some(first) => AttentionMask::from_first(first.clone().narrow(1, 0, length)),
+        None => AttentionMask::causal(length, &device),
     };
     let from = |start: usize, length: usize| windows.clone().narrow(1, start, length);
 
@@ -71,7 +73,10 @@ pub fn losses(
         let length = length - depth - 1;
         let previous = hidden.narrow(1, 0, length);
         let output = model.predict_further(depth, previous, from(depth + 1, length), &mask(length));
-        mtp.push(cross_entropy(model.logits(output.hidden.clone()), from(depth + 2, length)));
+        mtp.push(cross_entropy(
+            model.logits(output.hidden.clone()),
+            from(depth + 2, length),
+        ));
         layers.extend(output.block.moe);
         hidden = output.hidden;
     }
@@ -81,7 +86,10 @@ pub fn losses(
         zero()
     } else {
         let layer = |moe: &MoeOutput| sequence_balance(&moe.routing, batch, weights.reading);
-        layers.iter().map(layer).fold(zero(), |sum, loss| sum + loss)
+        layers
+            .iter()
+            .map(layer)
+            .fold(zero(), |sum, loss| sum + loss)
     };
     let further = mtp.iter().cloned().fold(zero(), |sum, loss| sum + loss);
     let lambda = weights.mtp / model.mtp.len().max(1) as f64;
@@ -116,7 +124,11 @@ pub fn update(
     let norm = global_norm(&model, &gradients);
     // As torch.nn.utils.clip_grad_norm_.
     let scale = (rule.clip_norm / (norm + 1e-6)).min(1.0);
-    let gradients = if scale < 1.0 { scaled(&model, gradients, scale) } else { gradients };
+    let gradients = if scale < 1.0 {
+        scaled(&model, gradients, scale)
+    } else {
+        gradients
+    };
     let model = optimizer.step(rate, model, gradients);
     (move_biases(model, loads, rule.gamma), norm)
 }
@@ -126,7 +138,11 @@ pub fn global_norm(model: &impl Module, gradients: &GradientsParams) -> f64 {
     struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.extend(self.0.get::<D>(param.id).map(|gradient| gradient.square().sum()));
+            self.1.extend(
+                self.0
+                    .get::<D>(param.id)
+                    .map(|gradient| gradient.square().sum()),
+            );
         }
     }
     let mut squares = Squares(gradients, Vec::new());
@@ -135,7 +151,10 @@ pub fn global_norm(model: &impl Module, gradients: &GradientsParams) -> f64 {
         return 0.0;
     }
     // One read from the device for all parameters; the sum of them in double precision.
-    let squares: Vec<f64> = Tensor::cat(squares.1, 0).into_data().iter::<f64>().collect();
+    let squares: Vec<f64> = Tensor::cat(squares.1, 0)
+        .into_data()
+        .iter::<f64>()
+        .collect();
     squares.iter().sum::<f64>().sqrt()
 }
 
@@ -152,7 +171,11 @@ fn scaled(model: &impl Module, gradients: GradientsParams, scale: f64) -> Gradie
             }
         }
     }
-    let mut scaler = Scaler { from: gradients, to: GradientsParams::new(), scale };
+    let mut scaler = Scaler {
+        from: gradients,
+        to: GradientsParams::new(),
+        scale,
+    };
     model.visit(&mut scaler);
     scaler.to
 }
@@ -179,4 +202,3 @@ fn move_biases(mut model: Transformer, loads: &[Vec<u64>], gamma: f32) -> Transf
     }
     model
 }
-

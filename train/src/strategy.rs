@@ -15,7 +15,8 @@ use burn::{
     tensor::Device,
     train::{
         EventProcessorTraining, InferenceStep, Learner, LearnerEvent, SupervisedLearningStrategy,
-        SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
+        SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem,
+        ValidLoader,
     },
 };
 
@@ -90,7 +91,10 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn steps(&mut self, mut batches: Box<dyn DataLoaderIterator<Batch> + '_>) -> Result<(), TrainError> {
+    fn steps(
+        &mut self,
+        mut batches: Box<dyn DataLoaderIterator<Batch> + '_>,
+    ) -> Result<(), TrainError> {
         let SingleDevice { config, done, .. } = self.strategy;
         let (steps, interval) = (config.run.steps, config.validation.interval);
         let mut log = MetricsLog::open(&config.run.directory, *done)?;
@@ -98,12 +102,16 @@ impl Run<'_> {
             let stretch = (step / interval + 1) as usize;
             let length = interval.min(steps - step / interval * interval) as usize;
             if step == *done || step.is_multiple_of(interval) {
-                let split = LearnerEvent::StartSplit { epoch_number: stretch, total_items: length };
+                let split = LearnerEvent::StartSplit {
+                    epoch_number: stretch,
+                    total_items: length,
+                };
                 self.event(split);
             }
             let (report, save) = self.step(step, &mut batches)?;
             log.write(&Record::Train(report.clone()))?;
-            let progress = Progress::new((step % interval + 1) as usize, length, Some("steps".into()));
+            let progress =
+                Progress::new((step % interval + 1) as usize, length, Some("steps".into()));
             let item = TrainingItem::new(
                 report,
                 progress,
@@ -140,10 +148,15 @@ impl Run<'_> {
         step: u64,
         batches: &mut Box<dyn DataLoaderIterator<Batch> + '_>,
     ) -> Result<(StepReport, bool), TrainError> {
-        let SingleDevice { config, exchange, .. } = self.strategy;
+        let SingleDevice {
+            config, exchange, ..
+        } = self.strategy;
         let steps = config.run.steps;
         let due = step + 1 == steps || (step + 1).is_multiple_of(config.checkpoint.interval);
-        let settings = StepSettings { snapshot: due, ..settings(config, step) };
+        let settings = StepSettings {
+            snapshot: due,
+            ..settings(config, step)
+        };
         exchange.begin(settings);
         let started = Instant::now();
         let mut gradients = GradientsAccumulator::new();
@@ -152,7 +165,10 @@ impl Run<'_> {
             let batch = batches.next().ok_or(TrainError::DataEnded { step })??;
             let output = self.learner.train_step(batch);
             if !output.item.loss.is_finite() {
-                return Err(TrainError::NotFinite { step: step + 1, loss: output.item.loss });
+                return Err(TrainError::NotFinite {
+                    step: step + 1,
+                    loss: output.item.loss,
+                });
             }
             gradients.accumulate(&self.learner.model(), output.grads);
             reports.push(output.item);
@@ -166,7 +182,9 @@ impl Run<'_> {
         self.learner.optimizer_step(gradients.grads());
         let seconds = started.elapsed().as_secs_f64();
 
-        let report = self.measured(StepReport::mean(&reports)).with_loads(&exchange.loads());
+        let report = self
+            .measured(StepReport::mean(&reports))
+            .with_loads(&exchange.loads());
         let report = StepReport {
             step: step + 1,
             gradient_norm: Some(exchange.gradient_norm()),
@@ -187,7 +205,10 @@ impl Run<'_> {
     fn validate(&mut self, stretch: usize, step: u64) -> Result<StepReport, TrainError> {
         let model = self.learner.model().valid();
         let total_items = self.valid.num_items();
-        self.valid_event(LearnerEvent::StartSplit { epoch_number: stretch, total_items });
+        self.valid_event(LearnerEvent::StartSplit {
+            epoch_number: stretch,
+            total_items,
+        });
         let split = &self.strategy.data.report.valid;
         let bytes_per_token = split.bytes as f64 / split.tokens as f64;
         let mut reports = Vec::new();
@@ -205,8 +226,16 @@ impl Run<'_> {
     }
 
     fn save(&mut self, step: u64) -> Result<(), TrainError> {
-        let SingleDevice { config, shape, data, exchange, .. } = self.strategy;
-        let record = exchange.take_snapshot().ok_or(TrainError::NoSnapshot { step })?;
+        let SingleDevice {
+            config,
+            shape,
+            data,
+            exchange,
+            ..
+        } = self.strategy;
+        let record = exchange
+            .take_snapshot()
+            .ok_or(TrainError::NoSnapshot { step })?;
         let model = self.learner.model().valid().model;
         let contents = Contents {
             model: &model,
@@ -221,10 +250,12 @@ impl Run<'_> {
     }
 
     fn event(&mut self, event: LearnerEvent<StepReport>) {
-        self.interrupter.fail_on_error(self.processor.process_train(event));
+        self.interrupter
+            .fail_on_error(self.processor.process_train(event));
     }
 
     fn valid_event(&mut self, event: LearnerEvent<StepReport>) {
-        self.interrupter.fail_on_error(self.processor.process_valid(event));
+        self.interrupter
+            .fail_on_error(self.processor.process_valid(event));
     }
 }

@@ -88,9 +88,10 @@ impl Compiler for PlironCompiler {
         _: &Self::CompilationOptions,
     ) -> Result<Self::Representation, CompilationError> {
         Err(CompilationError::Validation {
-            reason: "this build has no LLVM route for CUDA: enable the `cuda-cpp` feature of cubecl, \
+            reason:
+                "this build has no LLVM route for CUDA: enable the `cuda-cpp` feature of cubecl, \
                      which compiles kernels as CUDA C++ through NVRTC"
-                .into(),
+                    .into(),
             backtrace: BackTrace::capture(),
         })
     }

@@ -9,8 +9,9 @@ use burn::backend::{
 use rayon::prelude::*;
 
 use super::{GroupedGemmGrad, GroupedGemmOps};
-use crate::flex::{
-    FlexInt, Scalar, contiguous, dims, elements, float_tensor, indices, with_scalar,
+use crate::{
+    flex::{FlexInt, Scalar, contiguous, dims, elements, float_tensor, indices, with_scalar},
+    gemm::{Into, Matrix, multiply},
 };
 
 impl GroupedGemmOps for Flex {
@@ -54,7 +55,8 @@ impl GroupedGemmGrad for Flex {
             let mut out = vec![T::ZERO; segments.len() * k * n];
             out.par_chunks_exact_mut(k * n).zip(&segments).for_each(|(out, rows)| {
                 let x = Matrix::of(&x[rows.start * k..], rows.len(), k).transposed();
-                multiply(x, Matrix::of(&grad[rows.start * n..], rows.len(), n), out);
+                let grad = Matrix::of(&grad[rows.start * n..], rows.len(), n);
+                multiply(x, grad, out, Into::Replace);
             });
             float_tensor(out, [segments.len(), k, n])
         })
@@ -78,11 +80,8 @@ fn by_segment<'a, T: Scalar>(
         rest = others;
     }
     tasks.into_par_iter().for_each(|(expert, segment, out)| {
-        multiply(
-            Matrix::of(&x[segment.start * inner..], segment.len(), inner),
-            weight(expert),
-            out,
-        );
+        let x = Matrix::of(&x[segment.start * inner..], segment.len(), inner);
+        multiply(x, weight(expert), out, Into::Replace);
     });
     out
 }
@@ -97,73 +96,4 @@ fn segments(counts: &FlexInt) -> Vec<Range<usize>> {
             segment
         })
         .collect()
-}
-
-/// A matrix seen in a slice, row-major or transposed.
-#[derive(Clone, Copy)]
-struct Matrix<'a, T> {
-    elements: &'a [T],
-    rows: usize,
-    columns: usize,
-    row_stride: isize,
-    column_stride: isize,
-}
-
-impl<'a, T> Matrix<'a, T> {
-    /// The first `rows * columns` of `elements`, row-major.
-    fn of(elements: &'a [T], rows: usize, columns: usize) -> Self {
-        let elements = &elements[..rows * columns];
-        Self {
-            elements,
-            rows,
-            columns,
-            row_stride: columns as isize,
-            column_stride: 1,
-        }
-    }
-
-    fn transposed(self) -> Self {
-        Self {
-            elements: self.elements,
-            rows: self.columns,
-            columns: self.rows,
-            row_stride: self.column_stride,
-            column_stride: self.row_stride,
-        }
-    }
-}
-
-/// `out = a b`, row-major, on the calling thread. An inner size of zero gives zeros.
-fn multiply<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut [T]) {
-    assert_eq!(a.columns, b.rows, "inner sizes differ");
-    assert_eq!(out.len(), a.rows * b.columns, "the output has another size");
-    if a.columns == 0 || out.is_empty() {
-        return;
-    }
-    // SAFETY: `Matrix` covers rows * columns elements of its slice with its strides, and `out` has rows * columns
-    // elements of its own; the three do not overlap because `out` is borrowed mutably.
-    #[allow(unsafe_code, reason = "the gemm crate takes pointers and strides")]
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.columns,
-            a.columns,
-            out.as_mut_ptr(),
-            1,
-            b.columns as isize,
-            false,
-            a.elements.as_ptr(),
-            a.column_stride,
-            a.row_stride,
-            b.elements.as_ptr(),
-            b.column_stride,
-            b.row_stride,
-            T::ZERO,
-            T::ONE,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
 }

@@ -4,9 +4,9 @@
 //! an output is W_UV (sum p c). The products in brackets are per query, so keys and values are never built and a
 //! step reads C + R numbers per cached token, whatever the number of heads.
 
-use burn::tensor::{Tensor, activation::softmax};
+use burn::tensor::{Int, Tensor, activation::softmax};
 
-use super::{Attention, AttentionMask, LayerCache};
+use super::{Attention, LayerCache};
 use crate::rope::RopeTables;
 
 impl Attention {
@@ -19,7 +19,7 @@ impl Attention {
         let (q_nope, q_pe) = self.queries(x.clone(), rope);
         let (c_kv, k_pe) = self.latents(x, rope);
         let (c_kv, k_pe) = cache.append(c_kv, k_pe); // [B, S, C], [B, S, R]
-        let [_, cached, latent] = c_kv.dims();
+        let [_, _, latent] = c_kv.dims();
         let up = self
             .kv_b_proj
             .weight
@@ -41,7 +41,7 @@ impl Attention {
         let scores = q_latent.matmul(c_kv.clone().transpose())
             + q_pe.swap_dims(1, 2).matmul(k_pe.transpose()); // [B, H, T, S]
         let scores = if length > 1 {
-            AttentionMask::causal(length, cached, &scores.device()).apply(scores)
+            hide_future(scores)
         } else {
             scores
         };
@@ -49,4 +49,18 @@ impl Attention {
         self.o_proj
             .forward(out.reshape([batch, length, self.heads * self.value]))
     }
+}
+
+/// Masks, for the last T of S positions, what comes after each of them. `[B, H, T, S]`
+fn hide_future(scores: Tensor<4>) -> Tensor<4> {
+    let [batch, heads, queries, keys] = scores.dims();
+    let device = scores.device();
+    let shape = [1, 1, queries, keys];
+    let at = |start: usize, end: usize| Tensor::<1, Int>::arange(start as i64..end as i64, &device);
+    let query = at(keys - queries, keys)
+        .reshape([1, 1, queries, 1])
+        .expand(shape);
+    let key = at(0, keys).reshape([1, 1, 1, keys]).expand(shape);
+    let hidden = key.greater(query).expand([batch, heads, queries, keys]);
+    scores.mask_fill(hidden, f32::NEG_INFINITY)
 }

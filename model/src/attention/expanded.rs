@@ -1,6 +1,7 @@
 //! Attention over keys and values expanded from the latents (equations 1 to 11): the form for training.
 
-use burn::tensor::{Tensor, activation::softmax};
+use burn::tensor::Tensor;
+use deepburn_kernels::attention::causal_attention;
 
 use super::{Attention, AttentionMask};
 use crate::rope::RopeTables;
@@ -21,15 +22,14 @@ impl Attention {
             self.nope + self.value,
         ]);
         let k_nope = kv.clone().narrow(3, 0, self.nope);
-        let v = kv.narrow(3, self.nope, self.value).swap_dims(1, 2); // [B, H, T, V]
+        let v = kv.narrow(3, self.nope, self.value);
         let k_pe = k_pe
             .reshape([batch, length, 1, self.rope])
             .expand([batch, length, self.heads, self.rope]);
 
-        let q = Tensor::cat(vec![q_nope, q_pe], 3).swap_dims(1, 2); // [B, H, T, N + R]
-        let k = Tensor::cat(vec![k_nope, k_pe], 3).swap_dims(1, 2);
-        let scores = mask.apply(q.matmul(k.transpose())); // [B, H, T, T]
-        let out = softmax(scores, 3).matmul(v).swap_dims(1, 2);
+        let q = Tensor::cat(vec![q_nope, q_pe], 3); // [B, T, H, N + R]
+        let k = Tensor::cat(vec![k_nope, k_pe], 3);
+        let out = causal_attention(q, k, v, mask.first.clone()); // [B, T, H, V]
         self.o_proj
             .forward(out.reshape([batch, length, self.heads * self.value]))
     }

@@ -11,7 +11,7 @@ mod expanded;
 use burn::{
     module::Module,
     nn::Linear,
-    tensor::{Bool, Device, Int, Tensor},
+    tensor::{Device, Int, Tensor},
 };
 
 pub use cache::{LatentCache, LayerCache};
@@ -148,52 +148,26 @@ fn latent_norm(size: usize, init: Initializer) -> RmsNorm {
     RmsNorm::new(size, LATENT_NORM_EPSILON, init)
 }
 
-/// Which keys a query must not see.
+/// What each position of whole sequences sees: itself, and what is before it back to some first position.
 #[derive(Clone, Debug)]
 pub struct AttentionMask {
-    hidden: Tensor<4, Bool>, // [B or 1, 1, T, S]
+    first: Tensor<2, Int>, // [B or 1, T]
 }
 
 impl AttentionMask {
-    /// Each of the last `queries` of `keys` positions sees itself and what is before it.
-    pub fn causal(queries: usize, keys: usize, device: &Device) -> Self {
-        let at = |length: usize, start: usize| {
-            Tensor::<1, Int>::arange(start as i64..(start + length) as i64, device)
-        };
-        let query = at(queries, keys - queries).reshape([1, 1, queries, 1]);
-        let key = at(keys, 0).reshape([1, 1, 1, keys]);
-        let shape = [1, 1, queries, keys];
+    /// Each position sees all before it.
+    pub fn causal(length: usize, device: &Device) -> Self {
         Self {
-            hidden: key.expand(shape).greater(query.expand(shape)),
+            first: Tensor::zeros([1, length], device),
         }
     }
 
-    /// As [`AttentionMask::causal`], and nothing of an earlier document is seen.
+    /// As [`AttentionMask::causal`], but nothing before `first` is seen: the start of the position's document.
     ///
     /// # Shapes
-    /// - `documents`: `[B, T]`, a number per token that differs between neighbouring documents
-    pub fn within_documents(documents: Tensor<2, Int>) -> Self {
-        let [batch, length] = documents.dims();
-        let shape = [batch, 1, length, length];
-        let query = documents
-            .clone()
-            .reshape([batch, 1, length, 1])
-            .expand(shape);
-        let key = documents
-            .clone()
-            .reshape([batch, 1, 1, length])
-            .expand(shape);
-        let causal = Self::causal(length, length, &documents.device())
-            .hidden
-            .expand(shape);
-        Self {
-            hidden: causal.bool_or(query.not_equal(key)),
-        }
-    }
-
-    fn apply(&self, scores: Tensor<4>) -> Tensor<4> {
-        let shape = scores.dims();
-        scores.mask_fill(self.hidden.clone().expand(shape), f32::NEG_INFINITY)
+    /// - `first`: `[B, T]`, at most the position itself
+    pub fn from_first(first: Tensor<2, Int>) -> Self {
+        Self { first }
     }
 }
 
@@ -217,7 +191,7 @@ mod tests {
             let rope = Rope::new(&config);
             let attention = Attention::new(&config, Initializer::new(&device, 7, 0.3));
             let x = Tensor::<3>::random([2, 9, 32], Distribution::Normal(0.0, 1.0), &device);
-            let mask = AttentionMask::causal(9, 9, &device);
+            let mask = AttentionMask::causal(9, &device);
             let expected = attention.expanded(x.clone(), &rope.tables(0, 9, &device), &mask);
             for pieces in [vec![9], vec![4, 1, 1, 3]] {
                 let mut cache = LayerCache::default();
@@ -235,17 +209,5 @@ mod tests {
                     .assert_approx_eq(&expected.to_data(), close);
             }
         }
-    }
-
-    #[test]
-    fn document_mask_hides_earlier_documents_and_the_future() {
-        let device = Device::flex();
-        let documents = Tensor::<2, Int>::from_data([[0, 0, 1, 1]], &device);
-        let seen = AttentionMask::within_documents(documents)
-            .hidden
-            .bool_not()
-            .int();
-        let seen: Vec<i32> = seen.into_data().iter::<i32>().collect();
-        assert_eq!(seen, [1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1]);
     }
 }

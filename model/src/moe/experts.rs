@@ -2,9 +2,9 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{Int, Tensor, activation::silu},
+    tensor::{Int, Tensor},
 };
-use deepburn_kernels::grouped_gemm::grouped_matmul;
+use deepburn_kernels::{grouped_gemm::grouped_matmul, swiglu::swiglu};
 
 use crate::{config::ModelConfig, init::Initializer};
 
@@ -49,6 +49,6 @@ impl Experts {
     pub fn forward(&self, x: Tensor<2>, counts: Tensor<1, Int>) -> Tensor<2> {
         let gate = grouped_matmul(x.clone(), self.gate_proj.val(), counts.clone());
         let up = grouped_matmul(x, self.up_proj.val(), counts.clone());
-        grouped_matmul(silu(gate) * up, self.down_proj.val(), counts)
+        grouped_matmul(swiglu(gate, up), self.down_proj.val(), counts)
     }
 }

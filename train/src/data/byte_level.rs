@@ -1,17 +1,18 @@
-//! Learned merges as a byte-level BPE of the `tokenizers` crate.
+//! Training a byte-level BPE with the `tokenizers` crate.
 
 use tokenizers::{
-    AddedToken, SplitDelimiterBehavior, Tokenizer,
+    AddedToken, SplitDelimiterBehavior, Tokenizer, Trainer,
     decoders::byte_level::ByteLevel,
-    models::bpe::{BPE, Vocab},
+    models::bpe::{BPE, BpeTrainer},
     pre_tokenizers::{
         PreTokenizerWrapper,
         sequence::Sequence,
         split::{Split, SplitPattern},
     },
+    utils::SysRegex,
 };
 
-use super::{bpe::Learned, words::PATTERN};
+use super::words::{PATTERN, pieces, words};
 
 /// DeepSeek's names, in the order of their ids.
 pub(crate) const SPECIAL: [&str; 6] = [
@@ -26,29 +27,29 @@ pub(crate) const SPECIAL: [&str; 6] = [
 /// The first id after the special tokens and the 256 bytes.
 pub(crate) const FIRST_MERGED_ID: u32 = SPECIAL.len() as u32 + 256;
 
-/// Special tokens first, then the bytes, then the merges in their order.
-pub(crate) fn tokenizer(learned: Learned) -> tokenizers::Result<Tokenizer> {
+/// Trains a tokenizer on some texts: special tokens first, then the bytes, then merges until `vocab_size` tokens
+/// exist or no pair of tokens occurs twice.
+///
+/// The same texts give the same tokenizer in any order: the most frequent pair is merged first, and of equally
+/// frequent ones the one with the smallest ids. (A pair stands once in the trainer's queue, with all its places: its
+/// neighbours appear together, in the merge that makes the younger of the two.)
+pub(crate) fn train(texts: &[String], vocab_size: usize) -> tokenizers::Result<Tokenizer> {
+    let special = SPECIAL.map(|name| AddedToken::from(name, true));
     let printable = printable_bytes();
-    let spell = |bytes: &[u8]| {
-        bytes
-            .iter()
-            .map(|&b| printable[b as usize])
-            .collect::<String>()
-    };
-    let names: Vec<String> = learned.tokens.iter().map(|bytes| spell(bytes)).collect();
-    let vocabulary: Vocab = SPECIAL
-        .iter()
-        .map(|s| (*s).to_owned())
-        .chain(names.iter().cloned())
-        .zip(0..)
-        .collect();
-    let merges = learned.merges.iter();
-    let merges = merges
-        .map(|&(a, b)| (names[a as usize].clone(), names[b as usize].clone()))
-        .collect();
-    let model = BPE::builder()
-        .vocab_and_merges(vocabulary, merges)
-        .build()?;
+    let mut trainer = BpeTrainer::builder()
+        .vocab_size(vocab_size)
+        .min_frequency(2)
+        .show_progress(false)
+        .special_tokens(special.to_vec())
+        .initial_alphabet(printable.into_iter().collect())
+        .build();
+    let pattern = SysRegex::new(PATTERN)?;
+    let spell = |word: &str| word.bytes().map(|byte| printable[byte as usize]).collect();
+    trainer.feed(texts.iter().flat_map(|text| pieces(text)), |piece| {
+        Ok(words(&pattern, piece)?.into_iter().map(spell).collect())
+    })?;
+    let mut model = BPE::default();
+    trainer.train(&mut model)?;
 
     let pattern = SplitPattern::Regex(PATTERN.to_owned());
     let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
@@ -61,7 +62,7 @@ pub(crate) fn tokenizer(learned: Learned) -> tokenizers::Result<Tokenizer> {
     tokenizer
         .with_pre_tokenizer(Some(Sequence::new(steps)))
         .with_decoder(Some(bytes));
-    tokenizer.add_special_tokens(SPECIAL.map(|name| AddedToken::from(name, true)))?;
+    tokenizer.add_special_tokens(special)?;
     Ok(tokenizer)
 }
 

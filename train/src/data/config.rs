@@ -83,7 +83,7 @@ struct TokenizerFields {
     max_train_bytes: Option<u64>,
 }
 
-/// Enough for stable merges at tens of thousands of tokens, and counted within a minute.
+/// Enough for stable merges at tens of thousands of tokens.
 const DEFAULT_TRAIN_BYTES: u64 = 64 << 20;
 
 impl TryFrom<TokenizerFields> for TokenizerConfig {
@@ -191,12 +191,13 @@ impl DataConfig {
                 vocab_size,
                 rule,
             )?;
-            let key = "tokenizer.max_train_bytes";
+            // The trainer holds this text in memory, and counts in 32 bits.
+            let (key, bytes) = ("tokenizer.max_train_bytes", max_train_bytes);
             check(
-                *max_train_bytes > 0,
+                (1..=1 << 31).contains(bytes),
                 key,
-                max_train_bytes,
-                "a bound is above 0",
+                bytes,
+                "from 1 to 2147483648",
             )?;
         }
         let fraction = self.validation_fraction;

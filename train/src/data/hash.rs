@@ -108,6 +108,30 @@ mod tests {
     }
 
     #[test]
+    fn every_order_and_every_remainder_is_equally_likely() {
+        let mut orders = std::collections::HashMap::new();
+        let mut remainders = [0u32; 3];
+        // A bound of three quarters of all numbers: without rejection every third result comes twice as often.
+        let bound = 3u64 << 62;
+        for seed in 0..6000 {
+            let mut random = generator("test", seed, 0);
+            let mut items = [0, 1, 2];
+            shuffle(&mut items, &mut random);
+            *orders.entry(items).or_insert(0u32) += 1;
+            remainders[(below(&mut random, bound) % 3) as usize] += 1;
+        }
+        // Five standard deviations: 145 of a sixth, 183 of a third.
+        assert!(
+            orders.len() == 6 && orders.values().all(|n| n.abs_diff(1000) < 145),
+            "{orders:?}"
+        );
+        assert!(
+            remainders.iter().all(|n| n.abs_diff(2000) < 183),
+            "{remainders:?}"
+        );
+    }
+
+    #[test]
     fn shuffles_are_pinned() {
         let mut items: Vec<u32> = (0..8).collect();
         shuffle(&mut items, &mut generator("test", 3, 0));

@@ -19,7 +19,6 @@ pub mod select;
 pub mod shards;
 pub mod tokenizer;
 
-mod bpe;
 mod byte_level;
 mod formats;
 mod hash;
@@ -36,6 +35,6 @@ pub use cursor::Cursor;
 pub use error::DataError;
 pub use packing::PackedDataset;
 pub use prepare::prepare;
-pub use report::{PrepareEvent, PrepareReport, SplitReport, Unit};
+pub use report::{PrepareEvent, PrepareReport, SplitReport};
 pub use shards::{ShardWriter, Shards};
 pub use tokenizer::Tokenizer;

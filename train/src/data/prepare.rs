@@ -1,6 +1,6 @@
 //! From a configuration to two splits of tokens on disk, done once per content.
 
-use std::{fs, ops::ControlFlow, path::PathBuf};
+use std::{fs, ops::ControlFlow};
 
 use super::{
     cache::{self, Prepared, REPORT, Staging, TOKENIZER},
@@ -8,16 +8,12 @@ use super::{
     corpus::{self, Item},
     error::DataError,
     hash::{hex, sha256},
-    report::{PrepareEvent, PrepareReport, Unit},
+    report::{PrepareEvent, PrepareReport},
     select::{Selection, select},
     shards::write_durably,
     splits::Writing,
     tokenizer::Tokenizer,
-    words::WordCounts,
 };
-
-/// Text whose words are counted at a time.
-const BATCH: usize = 8 << 20;
 
 /// Prepares the data, or finds it prepared below [`DataConfig::cache_dir`].
 ///
@@ -37,7 +33,6 @@ pub fn prepare(
     on_event(PrepareEvent::Stage {
         name: "Reading files",
         total,
-        unit: Unit::Bytes,
     });
     let selection = select(config, seed, &mut |bytes| {
         on_event(PrepareEvent::Advance(bytes))
@@ -87,35 +82,20 @@ fn make_tokenizer(
     let on_disk: u64 = selection.files.iter().map(|file| file.size).sum();
     let total = on_disk.min(max_train_bytes);
     on_event(PrepareEvent::Stage {
-        name: "Counting words",
+        name: "Sampling text",
         total,
-        unit: Unit::Bytes,
     });
-    let mut words = WordCounts::default();
-    let mut batch = Vec::new();
-    let (mut waiting, mut seen) = (0, 0);
-    let mut count = |batch: &mut Vec<String>| {
-        let counted = words.add(batch);
-        batch.clear();
-        counted.map_err(|what| DataError::Tokenizer {
-            path: PathBuf::from("(trained)"),
-            what,
-        })
-    };
+    let mut texts = Vec::new();
+    let mut seen = 0;
     // Problems are told when the splits are written: that pass reads everything, this one may not.
     corpus::read(config, selection, &mut |item| {
         match item {
             Item::Document(document) if !document.is_validation(config.validation_fraction) => {
-                waiting += document.text.len();
                 seen += document.text.len() as u64;
-                batch.push(document.text);
+                texts.push(document.text);
             }
             Item::Read(bytes) => on_event(PrepareEvent::Advance(bytes)),
             _ => {}
-        }
-        if waiting >= BATCH {
-            waiting = 0;
-            count(&mut batch)?;
         }
         let enough = seen >= max_train_bytes;
         Ok(if enough {
@@ -124,16 +104,11 @@ fn make_tokenizer(
             ControlFlow::Continue(())
         })
     })?;
-    count(&mut batch)?;
-
-    let total = vocab_size as u64;
     on_event(PrepareEvent::Stage {
-        name: "Learning tokens",
-        total,
-        unit: Unit::Tokens,
+        name: "Training tokenizer",
+        total: 0,
     });
-    let mut on_token = || on_event(PrepareEvent::Advance(1));
-    let tokenizer = Tokenizer::train(&words, vocab_size, &mut on_token)?;
+    let tokenizer = Tokenizer::train(&texts, vocab_size)?;
     let json = tokenizer.to_json()?.into_bytes();
     Ok((tokenizer, json))
 }
@@ -236,7 +211,6 @@ mod tests {
             (total, sum),
             (report.train.bytes + report.valid.bytes, total)
         );
-        assert_eq!(advanced("Learning tokens"), (320, 320 - 262));
     }
 
     #[test]
@@ -295,6 +269,12 @@ mod tests {
     #[test]
     fn infilling_rearranges_training_documents_alone() {
         let dir = folder();
+        let (prepared, _) = run(&config(dir.path(), "fim_rate = 0.5"), 3);
+        let share = prepared.report.fim_documents as f64 / prepared.report.train.documents as f64;
+        assert!(
+            (0.2..0.8).contains(&share),
+            "every document draws for itself: {share}"
+        );
         let (prepared, _) = run(&config(dir.path(), "fim_rate = 1.0"), 3);
         assert_eq!(
             prepared.report.fim_documents,

@@ -12,16 +12,14 @@ pub(crate) const PROBLEMS_KEPT: usize = 1000;
 /// Something that happened during a preparation.
 #[derive(Clone, Debug)]
 pub enum PrepareEvent {
-    /// A stage begins. Its total is an estimate: reading can end early at a bound.
+    /// A stage begins.
     Stage {
         /// What is done.
         name: &'static str,
-        /// How much of it there is.
+        /// How many bytes of files it takes; 0 if that is unknown. Reading can end earlier, at a bound.
         total: u64,
-        /// What `total` counts.
-        unit: Unit,
     },
-    /// So much more of the present stage is done.
+    /// So many more bytes of the present stage are done.
     Advance(u64),
     /// Something could not be used and is left out.
     Problem(Problem),
@@ -29,15 +27,6 @@ pub enum PrepareEvent {
     Cached(PathBuf),
     /// The data is ready.
     Finished(PrepareReport),
-}
-
-/// What the total of a stage counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unit {
-    /// Bytes of files.
-    Bytes,
-    /// Tokens of a vocabulary.
-    Tokens,
 }
 
 /// What was prepared, from what. Stored as `prepared.json`.

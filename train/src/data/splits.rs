@@ -8,7 +8,7 @@ use super::{
     corpus::{self, Document, Item},
     error::DataError,
     fim::{self, FimTokens, Parts},
-    report::{PROBLEMS_KEPT, PrepareEvent, PrepareReport, SplitReport, Unit},
+    report::{PROBLEMS_KEPT, PrepareEvent, PrepareReport, SplitReport},
     select::Selection,
     shards::ShardWriter,
     tokenizer::Tokenizer,
@@ -80,7 +80,6 @@ impl<'a> Writing<'a> {
         on_event(PrepareEvent::Stage {
             name: "Tokenising",
             total,
-            unit: Unit::Bytes,
         });
         corpus::read(self.config, selection, &mut |item| {
             match item {

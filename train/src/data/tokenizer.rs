@@ -6,11 +6,10 @@ use std::{
 };
 
 use super::{
-    bpe,
     byte_level::{self, SPECIAL},
     error::DataError,
     fim::FimTokens,
-    words::{WordCounts, pieces},
+    words::pieces,
 };
 
 const END: [&str; 4] = [SPECIAL[1], "<|endoftext|>", "</s>", "<|end_of_text|>"];
@@ -45,15 +44,10 @@ impl Tokenizer {
         Self::new(inner, path)
     }
 
-    /// Trains a byte-level BPE. The same counts give the same tokenizer, byte for byte.
-    pub(crate) fn train(
-        words: &WordCounts,
-        vocab_size: usize,
-        on_token: &mut dyn FnMut(),
-    ) -> Result<Self, DataError> {
-        let learned = bpe::learn(words.iter(), vocab_size - SPECIAL.len(), on_token);
+    /// Trains a byte-level BPE. The same texts give the same tokenizer, byte for byte.
+    pub(crate) fn train(texts: &[String], vocab_size: usize) -> Result<Self, DataError> {
         let path = Path::new("(trained)");
-        let inner = byte_level::tokenizer(learned).map_err(|e| failed(path, &*e))?;
+        let inner = byte_level::train(texts, vocab_size).map_err(|e| failed(path, &*e))?;
         Self::new(inner, path)
     }
 
@@ -186,14 +180,13 @@ fn failed(path: &Path, error: &(dyn std::error::Error + Send + Sync)) -> DataErr
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::data::byte_level::FIRST_MERGED_ID;
 
     pub(crate) const CODE: &str =
         "fn main() {\n\tlet x = 12345;\r\n    println!(\"héllo 🦀 {x}\");\n}\n\n// 漢字\n";
 
     fn trained(text: &str, vocab_size: usize) -> Tokenizer {
-        let mut words = WordCounts::default();
-        words.add(&[text.to_owned()]).unwrap();
-        Tokenizer::train(&words, vocab_size, &mut || ()).unwrap()
+        Tokenizer::train(&[text.to_owned()], vocab_size).unwrap()
     }
 
     #[test]
@@ -212,9 +205,14 @@ pub(crate) mod tests {
                 end: 5
             }
         );
-        assert_eq!(
-            trained("", 300).encode("\0 A").unwrap(),
-            [6, 6 + 32, 6 + 65]
+        // Without merges every byte is a token.
+        let bytes: String = (0..128).map(char::from).chain(['é', '漢', '🦀']).collect();
+        let tokens = trained("", 300).encode(&bytes).unwrap();
+        assert_eq!(tokens.len(), bytes.len());
+        assert!(
+            tokens
+                .iter()
+                .all(|token| (6..FIRST_MERGED_ID).contains(token))
         );
     }
 
@@ -253,9 +251,16 @@ pub(crate) mod tests {
     #[test]
     fn training_is_reproducible_and_the_file_encodes_alike() {
         let text = include_str!("tokenizer.rs");
-        let tokenizer = trained(text, 600);
+        let mut parts: Vec<String> = text.split_inclusive("\n\n").map(str::to_owned).collect();
+        let tokenizer = Tokenizer::train(&parts, 600).unwrap();
         let json = tokenizer.to_json().unwrap();
-        assert_eq!(json, trained(text, 600).to_json().unwrap());
+        for _ in 0..4 {
+            parts.rotate_left(7);
+            assert_eq!(
+                Tokenizer::train(&parts, 600).unwrap().to_json().unwrap(),
+                json
+            );
+        }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer.json");
         fs::write(&path, &json).unwrap();

@@ -1,6 +1,4 @@
-//! Counting words: the text side of training a tokenizer.
-
-use std::{collections::HashMap, thread};
+//! Where text may be cut: into words, and into pieces of bounded size.
 
 use tokenizers::{pattern::Pattern, utils::SysRegex};
 
@@ -18,8 +16,8 @@ pub(crate) const PATTERN: &str = concat!(
     r"|\s+",
 );
 
-/// A longer run without a cut is data (a key, a table, base64), not language; leaving it out also bounds the cost
-/// of a merge.
+/// A longer run without a cut is data (a key, a table, base64), not language. Left out of training, it does not slow
+/// down every merge.
 const LONGEST_WORD: usize = 256;
 
 /// Longer texts are handled in pieces: `tokenizers` needs tens of bytes of memory per byte of a text.
@@ -57,63 +55,14 @@ fn piece_end(text: &str, longest: usize) -> usize {
     }
 }
 
-/// How often each word occurs.
-#[derive(Default)]
-pub(crate) struct WordCounts {
-    counts: HashMap<String, u64>,
-}
-
-impl WordCounts {
-    /// Counts the words of some texts, on all processors.
-    pub(crate) fn add(&mut self, texts: &[String]) -> Result<(), String> {
-        let pieces: Vec<&str> = texts.iter().flat_map(|text| pieces(text)).collect();
-        let threads = thread::available_parallelism().map_or(1, usize::from);
-        let share = pieces.len().div_ceil(threads).max(1);
-        let parts: Vec<Result<HashMap<&str, u64>, String>> = thread::scope(|scope| {
-            let workers: Vec<_> = pieces
-                .chunks(share)
-                .map(|part| scope.spawn(move || count(part)))
-                .collect();
-            let join = |worker: thread::ScopedJoinHandle<'_, _>| match worker.join() {
-                Ok(part) => part,
-                Err(panic) => std::panic::resume_unwind(panic),
-            };
-            workers.into_iter().map(join).collect()
-        });
-        for part in parts {
-            for (word, n) in part? {
-                match self.counts.get_mut(word) {
-                    Some(count) => *count += n,
-                    None => drop(self.counts.insert(word.to_owned(), n)),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The words and their counts, in no order.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], u64)> {
-        self.counts
-            .iter()
-            .map(|(word, &count)| (word.as_bytes(), count))
-    }
-}
-
-fn count<'a>(texts: &[&'a str]) -> Result<HashMap<&'a str, u64>, String> {
-    // One per thread: the regex keeps its scratch space behind a lock.
-    let pattern = SysRegex::new(PATTERN).map_err(|error| error.to_string())?;
-    let mut counts = HashMap::new();
-    for text in texts {
-        let matches = (&pattern)
-            .find_matches(text)
-            .map_err(|error| error.to_string())?;
-        for ((start, end), _) in matches {
-            if (1..=LONGEST_WORD).contains(&(end - start)) {
-                *counts.entry(&text[start..end]).or_default() += 1;
-            }
-        }
-    }
-    Ok(counts)
+/// The words of a text, as far as they are language.
+pub(crate) fn words<'a>(pattern: &SysRegex, text: &'a str) -> tokenizers::Result<Vec<&'a str>> {
+    let matches = pattern.find_matches(text)?.into_iter();
+    let lengths = 1..=LONGEST_WORD;
+    Ok(matches
+        .filter(|((start, end), _)| lengths.contains(&(end - start)))
+        .map(|((start, end), _)| &text[start..end])
+        .collect())
 }
 
 #[cfg(test)]
@@ -121,12 +70,7 @@ mod tests {
     use super::*;
 
     fn cut(text: &str) -> Vec<&str> {
-        let pattern = SysRegex::new(PATTERN).unwrap();
-        let matches = (&pattern).find_matches(text).unwrap();
-        let parts = matches
-            .into_iter()
-            .map(|((start, end), _)| &text[start..end]);
-        parts.filter(|part| !part.is_empty()).collect()
+        words(&SysRegex::new(PATTERN).unwrap(), text).unwrap()
     }
 
     #[test]
@@ -141,19 +85,9 @@ mod tests {
     }
 
     #[test]
-    fn words_are_counted_over_all_texts_and_long_runs_are_left_out() {
-        let mut words = WordCounts::default();
-        words
-            .add(&["a b a".to_owned(), "x".repeat(LONGEST_WORD + 1)])
-            .unwrap();
-        words
-            .add(&["a".to_owned(), "y".repeat(LONGEST_WORD)])
-            .unwrap();
-        let mut counts: Vec<_> = words.iter().map(|(w, n)| (w.to_vec(), n)).collect();
-        counts.sort();
-        let long = vec![b'y'; LONGEST_WORD];
-        let expected = [(&b" a"[..], 1), (b" b", 1), (b"a", 2), (&long, 1)];
-        assert_eq!(counts, expected.map(|(w, n)| (w.to_vec(), n)));
+    fn long_runs_are_no_words() {
+        let (long, longer) = ("y".repeat(LONGEST_WORD), "x".repeat(LONGEST_WORD + 1));
+        assert_eq!(cut(&format!("a {longer}\n{long}")), ["a", "\n", &long]);
     }
 
     #[test]
