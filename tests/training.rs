@@ -316,6 +316,53 @@ fn a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit() {
     );
 }
 
+/// The program itself, killed at moments that differ from run to run.
+#[test]
+fn a_killed_process_goes_on_where_its_last_checkpoint_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = ["run.steps=40", "checkpoint.interval=3"];
+    let whole = small_run(dir.path(), &long);
+    start(&whole, false, Interrupter::new()).unwrap();
+    let expected = lasting(&whole.run.directory);
+
+    let directory = dir.path().join("killed");
+    let log = directory.join("metrics.jsonl");
+    let train = |resume: bool| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_deepburn"));
+        command.arg("train").arg(dir.path().join("train.toml"));
+        for set in long {
+            command.args(["--set", set]);
+        }
+        command
+            .arg("--set")
+            .arg(format!("run.directory={}", directory.display()));
+        if resume {
+            command.arg("--resume");
+        }
+        command.stdout(std::process::Stdio::null()).spawn().unwrap()
+    };
+    let lines = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+    for round in 0..3 {
+        let resume = directory.join("checkpoints/latest").exists();
+        if !resume {
+            // Killed before the first checkpoint: there is nothing to lose yet.
+            let _ = std::fs::remove_dir_all(&directory);
+        }
+        let before = lines();
+        let mut child = train(resume);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while lines() < before.max(1) + 7 * round && child.try_wait().unwrap().is_none() {
+            assert!(std::time::Instant::now() < deadline, "no progress");
+            std::thread::sleep(std::time::Duration::from_millis(3));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let resume = directory.join("checkpoints/latest").exists();
+    assert!(train(resume).wait().unwrap().success());
+    assert_eq!(lasting(&directory), expected);
+}
+
 #[test]
 fn runs_are_not_overwritten_and_not_resumed_differently() {
     let dir = tempfile::tempdir().unwrap();

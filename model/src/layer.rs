@@ -26,6 +26,10 @@ pub struct DecoderLayer {
 }
 
 /// A layer's feed-forward part.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one value per layer, and Burn's modules are not boxed"
+)]
 #[derive(Module, Debug)]
 pub enum FeedForward {
     /// In the first layers.

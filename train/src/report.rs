@@ -7,8 +7,7 @@ use burn::{
         ItemLazy,
         metric::{
             Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric,
-            NumericAttributes, NumericEntry, SerializedEntry,
-            state::{FormatOptions, NumericMetricState},
+            NumericAttributes, NumericEntry, SerializedEntry, format_float,
         },
     },
 };
@@ -116,14 +115,17 @@ impl Adaptor<StepReport> for StepReport {
     }
 }
 
-/// A number of a report, as one of Burn's metrics.
+/// A number of a report, as one of Burn's metrics: the mean over predicted tokens, then shown through `show`.
 #[derive(Clone)]
 pub struct Measure {
     name: MetricName,
     unit: Option<&'static str>,
     higher_is_better: bool,
     pick: fn(&StepReport) -> Option<f64>,
-    state: NumericMetricState,
+    show: fn(f64) -> f64,
+    current: f64,
+    sum: f64,
+    tokens: u64,
 }
 
 impl Measure {
@@ -131,14 +133,17 @@ impl Measure {
     pub fn of_training() -> Vec<Self> {
         let mut measures = Self::of_validation();
         measures.extend([
-            Self::new("Gradient norm", None, false, |r| r.gradient_norm),
-            Self::new("Learning rate", None, false, |r| r.learning_rate),
-            Self::new("Tokens per second", None, true, |r| r.tokens_per_second),
-            Self::new("MaxVio", None, false, |r| r.worst_violation),
-            Self::new("Dead experts", None, false, |r| {
+            Self::new("Gradient norm", None, |r| r.gradient_norm),
+            Self::new("Learning rate", None, |r| r.learning_rate),
+            Self {
+                higher_is_better: true,
+                ..Self::new("Tokens per second", None, |r| r.tokens_per_second)
+            },
+            Self::new("MaxVio", None, |r| r.worst_violation),
+            Self::new("Dead experts", None, |r| {
                 r.dead_experts.map(|dead| dead as f64)
             }),
-            Self::new("Memory", Some("MiB"), false, |r| {
+            Self::new("Memory", Some("MiB"), |r| {
                 r.memory_bytes
                     .map(|bytes| bytes as f64 / f64::from(1 << 20))
             }),
@@ -149,35 +154,44 @@ impl Measure {
     /// What is shown of validation.
     pub fn of_validation() -> Vec<Self> {
         vec![
-            Self::new("Loss", Some("nats"), false, |r| Some(r.main)),
-            Self::new("MTP loss", Some("nats"), false, |r| r.mtp.first().copied()),
-            Self::new("Perplexity", None, false, |r| Some(r.perplexity)),
-            Self::new("Bits per byte", None, false, |r| Some(r.bits_per_byte)),
+            Self::new("Loss", Some("nats"), |r| Some(r.main)),
+            Self::new("MTP loss", Some("nats"), |r| r.mtp.first().copied()),
+            // The perplexity of many tokens is that of their mean loss, not their mean perplexity.
+            Self {
+                show: f64::exp,
+                ..Self::new("Perplexity", None, |r| Some(r.main))
+            },
+            Self::new("Bits per byte", None, |r| Some(r.bits_per_byte)),
         ]
     }
 
-    fn new(
-        name: &str,
-        unit: Option<&'static str>,
-        higher_is_better: bool,
-        pick: fn(&StepReport) -> Option<f64>,
-    ) -> Self {
-        let state = NumericMetricState::default();
+    fn new(name: &str, unit: Option<&'static str>, pick: fn(&StepReport) -> Option<f64>) -> Self {
         Self {
             name: name.to_owned().into(),
             unit,
-            higher_is_better,
+            higher_is_better: false,
             pick,
-            state,
+            show: |value| value,
+            current: f64::NAN,
+            sum: 0.0,
+            tokens: 0,
         }
     }
 
-    fn format(&self) -> FormatOptions {
-        let options = FormatOptions::new(self.name.clone()).precision(4);
-        match self.unit {
-            Some(unit) => options.unit(unit),
-            None => options,
-        }
+    fn mean(&self) -> f64 {
+        (self.show)(self.sum / self.tokens as f64)
+    }
+
+    fn entry(&self, value: &NumericEntry) -> SerializedEntry {
+        let unit = self.unit.map(|unit| format!(" {unit}")).unwrap_or_default();
+        let (mean, current) = (
+            format_float(self.mean(), 4),
+            format_float((self.show)(self.current), 4),
+        );
+        SerializedEntry::new(
+            format!("epoch {mean}{unit} - batch {current}{unit}"),
+            value.serialize(),
+        )
     }
 }
 
@@ -201,35 +215,41 @@ impl Metric for Measure {
         report: &StepReport,
         _: &MetricMetadata,
     ) -> Result<SerializedEntry, TensorReadError> {
-        match (self.pick)(report) {
-            Some(value) => {
-                self.state.update(value, 1);
-                Ok(self.state.compute_update(self.format()))
-            }
-            None => Ok(SerializedEntry::not_available(self.unit)),
-        }
+        let Some(value) = (self.pick)(report) else {
+            return Ok(SerializedEntry::not_available(self.unit));
+        };
+        self.current = value;
+        self.sum += value * report.predicted_tokens as f64;
+        self.tokens += report.predicted_tokens;
+        Ok(self.entry(&NumericEntry::Value((self.show)(value))))
     }
 
     fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
-        Ok(self.state.compute_final(self.format()))
+        if self.tokens == 0 {
+            return Ok(SerializedEntry::not_available(self.unit));
+        }
+        Ok(self.entry(&self.final_value()))
     }
 
     fn clear(&mut self) {
-        self.state.reset();
+        (self.sum, self.tokens) = (0.0, 0);
     }
 }
 
 impl Numeric for Measure {
     fn value(&self) -> Option<NumericEntry> {
-        Some(self.state.current_value())
+        (self.tokens > 0).then(|| NumericEntry::Value((self.show)(self.current)))
     }
 
     fn running_value(&self) -> Option<NumericEntry> {
-        Some(self.state.running_value())
+        (self.tokens > 0).then(|| NumericEntry::Aggregated {
+            aggregated_value: self.mean(),
+            count: self.tokens as usize,
+        })
     }
 
     fn final_value(&self) -> NumericEntry {
-        self.state.final_value()
+        NumericEntry::Final(self.mean())
     }
 }
 
@@ -259,5 +279,31 @@ mod tests {
             ..StepReport::default()
         };
         assert_eq!(report.with_text_measures(4.0).bits_per_byte, 0.5);
+    }
+
+    #[test]
+    fn measures_are_means_over_tokens_and_perplexity_that_of_the_mean() {
+        let [mut loss, _, mut perplexity, _]: [Measure; 4] =
+            Measure::of_validation().try_into().ok().unwrap();
+        let progress = burn::data::dataloader::Progress::new(1, 1, None);
+        let metadata = MetricMetadata {
+            progress,
+            iteration: None,
+            lr: None,
+        };
+        for (predicted_tokens, main) in [(1, 1.0), (3, 5.0)] {
+            let report = StepReport {
+                predicted_tokens,
+                main,
+                ..StepReport::default()
+            };
+            loss.update(&report, &metadata).unwrap();
+            perplexity.update(&report, &metadata).unwrap();
+        }
+        assert_eq!(loss.final_value().current(), 4.0);
+        assert_eq!(perplexity.final_value().current(), 4f64.exp());
+        assert_eq!(perplexity.value().unwrap().current(), 5f64.exp());
+        loss.clear();
+        assert!(loss.value().is_none());
     }
 }

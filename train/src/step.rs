@@ -202,3 +202,60 @@ fn move_biases(mut model: Transformer, loads: &[Vec<u64>], gamma: f32) -> Transf
     }
     model
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, Distribution};
+    use deepburn_model::{checkpoint::hf_config, config::ModelConfig};
+
+    use super::*;
+
+    /// Depth k predicts token k + 1 further on from the representation of depth k - 1 and the token between.
+    #[test]
+    fn deeper_predictions_see_shorter_sequences_and_each_other() {
+        let shape = include_str!("../../configs/model/tiny.json");
+        let shape = hf_config::parse(shape).unwrap();
+        let config = ModelConfig {
+            num_nextn_predict_layers: 2,
+            ..shape
+        };
+        let device = Device::flex();
+        let model = Transformer::new(&config, 4, &device);
+        let limit = Distribution::Uniform(0.0, config.vocab_size as f64);
+        let windows = Tensor::<2>::random([2, 10], limit, &device).int();
+        let weights = LossWeights {
+            mtp: 0.3,
+            balance: 0.0,
+            reading: BalanceReading::Paper,
+        };
+        let found = losses(&model, windows.clone(), None, weights);
+
+        let part = |start, length| windows.clone().narrow(1, start, length);
+        let mask = |length| AttentionMask::causal(length, &device);
+        let loss = |hidden, start, length| {
+            cross_entropy(model.logits(hidden), part(start, length)).into_scalar::<f32>()
+        };
+        let main = model.forward(part(0, 9), &mask(9)).hidden;
+        let first = model.predict_further(0, main.clone().narrow(1, 0, 8), part(1, 8), &mask(8));
+        let hidden = first.hidden.clone().narrow(1, 0, 7);
+        let second = model.predict_further(1, hidden, part(2, 7), &mask(7));
+        let expected = [
+            loss(main, 1, 9),
+            loss(first.hidden, 2, 8),
+            loss(second.hidden, 3, 7),
+        ];
+
+        let mtp: Vec<f32> = found
+            .mtp
+            .iter()
+            .map(|loss| loss.clone().into_scalar())
+            .collect();
+        assert_eq!([found.main.into_scalar::<f32>(), mtp[0], mtp[1]], expected);
+        let total = expected[0] + 0.3 / 2.0 * (expected[1] + expected[2]);
+        assert!((found.total.into_scalar::<f32>() - total).abs() < 1e-5);
+        assert_eq!(
+            found.loads.len(),
+            config.num_hidden_layers - config.first_k_dense_replace + 2
+        );
+    }
+}

@@ -119,13 +119,7 @@ mod tests {
             let (q, k, v, mask) = (random(12), random(12), random(7), random(7).detach());
             let rows = if cut > 0 { batch } else { 1 };
             let first: Vec<i32> = (0..rows * length)
-                .map(|at| {
-                    if cut > 0 {
-                        (at % length / cut * cut) as i32
-                    } else {
-                        0
-                    }
-                })
+                .map(|at| if cut > 0 { at % length / cut * cut } else { 0 })
                 .collect();
             let first =
                 Tensor::<2, Int>::from_data(TensorData::new(first, [rows, length]), &device);

@@ -14,11 +14,8 @@ pub(super) fn grouped_matmul(
     for (expert, count) in counts.into_data().iter::<i64>().enumerate() {
         let end = start + count as usize;
         if end > start {
-            let weight = weights
-                .clone()
-                .slice([expert..expert + 1])
-                .squeeze_dim::<2>(0);
-            outputs.push(x.clone().slice([start..end]).matmul(weight));
+            let weight = weights.clone().narrow(0, expert, 1).squeeze_dim::<2>(0);
+            outputs.push(x.clone().narrow(0, start, end - start).matmul(weight));
         }
         start = end;
     }

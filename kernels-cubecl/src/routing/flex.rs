@@ -63,8 +63,13 @@ fn choose_row<T: Scalar>(
 
     best.reset(experts_per_token);
     for group in kept {
-        for expert in group * per_group..(group + 1) * per_group {
-            best.offer(row[expert], expert);
+        let experts = row
+            .iter()
+            .enumerate()
+            .skip(group * per_group)
+            .take(per_group);
+        for (expert, &value) in experts {
+            best.offer(value, expert);
         }
     }
     chosen.extend(best.items.iter().map(|&(_, expert)| expert as i32));
@@ -105,7 +110,11 @@ impl<T: Scalar> Best<T> {
     }
 
     fn offer(&mut self, value: T, index: usize) {
-        let value = if value == value { value } else { T::LOWEST };
+        let value = if value.partial_cmp(&value).is_some() {
+            value
+        } else {
+            T::LOWEST
+        };
         let at = self
             .items
             .iter()

@@ -47,6 +47,10 @@ pub struct Attention {
 }
 
 /// How queries are made.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one value per layer, and Burn's modules are not boxed"
+)]
 #[derive(Module, Debug)]
 pub enum QueryProjection {
     /// One matrix, where `q_lora_rank` is null.
