@@ -20,6 +20,10 @@ use deepburn_model::{
 };
 use support::{Reference, assert_close, load, references, tolerance, values};
 
+/// The reference's f32 is up to 9e-6 from float64 here (hidden states, logits 6e-6), and ours may be as far on the other
+/// side. The scales of two neighbouring blocks exchanged, in whichever weight, move logits by 1.1e-2 or more.
+const LOGITS_FP8: f32 = 5e-5;
+
 #[test]
 fn every_intermediate_result_of_the_forward_pass() {
     for (case, close) in [
@@ -27,6 +31,8 @@ fn every_intermediate_result_of_the_forward_pass() {
         ("tiny-yarn", tolerance::LOGITS_YARN),
         ("tiny-noqlora-bf16", tolerance::LOGITS),
         ("tiny-mtp", tolerance::LOGITS),
+        ("tiny-dense-moe-sharded", tolerance::LOGITS),
+        ("tiny-fp8", LOGITS_FP8),
     ] {
         let device = Device::flex();
         let (config, model) = load(case, &device);

@@ -14,7 +14,8 @@ const LIBRARIES: [&str; 4] = [
 ];
 
 /// Modules that compute on plain data. A path that ends in `/` is a folder.
-const PURE: [&str; 7] = [
+const PURE: [&str; 8] = [
+    "model/src/checkpoint/fp8.rs",
     "model/src/checkpoint/hf_names.rs",
     "model/src/config.rs",
     "train/src/balance.rs",

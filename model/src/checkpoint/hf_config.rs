@@ -3,7 +3,12 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{ConfigError, ModelConfig, YarnConfig};
+use super::{
+    StoredType,
+    hf_quantization::{QuantizationConfig, known},
+    hf_rope::{self, RopeScaling},
+};
+use crate::config::{ConfigError, ModelConfig};
 
 /// `config.json` as it is written, with the keys that Deepburn does not interpret kept in `other`.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -71,28 +76,8 @@ struct HfConfig {
     bos_token_id: Option<u32>,
     #[serde(default)]
     eos_token_id: Option<u32>,
-    #[serde(flatten)]
-    other: Map<String, Value>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-struct RopeScaling {
-    #[serde(alias = "rope_type", rename = "type", default)]
-    kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    rope_theta: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    factor: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    original_max_position_embeddings: Option<usize>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    beta_fast: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    beta_slow: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    mscale: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    mscale_all_dim: Option<f64>,
+    quantization_config: Option<QuantizationConfig>,
     #[serde(flatten)]
     other: Map<String, Value>,
 }
@@ -139,15 +124,25 @@ pub enum HfConfigError {
 /// Text that is not such a file, or a value that this architecture does not know or that breaks a rule of
 /// [`ModelConfig::validate`].
 pub fn parse(text: &str) -> Result<ModelConfig, HfConfigError> {
-    Ok(ModelConfig::try_from(serde_json::from_str::<HfConfig>(
-        text,
-    )?)?)
+    Ok(parse_for_weights(text)?.0)
 }
 
-/// The text of a `config.json` that transformers loads as `DeepseekV3ForCausalLM`.
-pub fn render(config: &ModelConfig, dtype: &str) -> String {
+/// As [`parse`], and whether the file says how weights of type F8_E4M3 are scaled.
+pub(super) fn parse_for_weights(text: &str) -> Result<(ModelConfig, bool), HfConfigError> {
+    let file: HfConfig = serde_json::from_str(text)?;
+    let quantized = file.quantization_config.is_some();
+    Ok((ModelConfig::try_from(file)?, quantized))
+}
+
+/// The text of a `config.json` that transformers loads as `DeepseekV3ForCausalLM`, beside weights of the given type.
+pub fn render(config: &ModelConfig, dtype: StoredType) -> String {
+    let torch_dtype = match dtype {
+        StoredType::F32 => "float32",
+        // What of an FP8 checkpoint is not quantised.
+        StoredType::Bf16 | StoredType::Fp8 => "bfloat16",
+    };
     let mut other = Map::new();
-    other.insert("torch_dtype".into(), dtype.into());
+    other.insert("torch_dtype".into(), torch_dtype.into());
     other.insert("use_cache".into(), true.into());
     let file = HfConfig {
         architectures: vec!["DeepseekV3ForCausalLM".into()],
@@ -188,6 +183,7 @@ pub fn render(config: &ModelConfig, dtype: &str) -> String {
         initializer_range: config.initializer_range,
         bos_token_id: config.bos_token_id,
         eos_token_id: config.eos_token_id,
+        quantization_config: (dtype == StoredType::Fp8).then(QuantizationConfig::published),
         other,
     };
     serde_json::to_string_pretty(&file).expect("strings, numbers and maps with string keys") + "\n"
@@ -197,16 +193,6 @@ impl TryFrom<HfConfig> for ModelConfig {
     type Error = ConfigError;
 
     fn try_from(file: HfConfig) -> Result<Self, ConfigError> {
-        let known = |key: &'static str, value: &str, expected: &[&str]| {
-            if expected.contains(&value) {
-                return Ok(());
-            }
-            Err(ConfigError::new(
-                key,
-                value,
-                format!("must be one of {expected:?}"),
-            ))
-        };
         known("model_type", &file.model_type, &["deepseek_v3"])?;
         known("scoring_func", &file.scoring_func, &["sigmoid"])?;
         known("topk_method", &file.topk_method, &["noaux_tc"])?;
@@ -239,9 +225,11 @@ impl TryFrom<HfConfig> for ModelConfig {
             );
             return Err(ConfigError::new("num_key_value_heads", heads, rule));
         }
-        let parameters = file.rope_parameters.unwrap_or_default();
-        let rope_theta = file.rope_theta.or(parameters.rope_theta).unwrap_or(10000.0);
-        let scaling = file.rope_scaling.or(Some(parameters));
+        if let Some(quantization) = &file.quantization_config {
+            quantization.validate()?;
+        }
+        let (rope_theta, rope_scaling) =
+            hf_rope::read(file.rope_theta, file.rope_scaling, file.rope_parameters)?;
         ModelConfig {
             vocab_size: file.vocab_size,
             hidden_size: file.hidden_size,
@@ -265,7 +253,7 @@ impl TryFrom<HfConfig> for ModelConfig {
             first_k_dense_replace: file.first_k_dense_replace,
             rms_norm_eps: file.rms_norm_eps,
             rope_theta,
-            rope_scaling: scaling.map(YarnConfig::from_scaling).transpose()?.flatten(),
+            rope_scaling,
             max_position_embeddings: file.max_position_embeddings,
             tie_word_embeddings: file.tie_word_embeddings,
             initializer_range: file.initializer_range,
@@ -276,62 +264,15 @@ impl TryFrom<HfConfig> for ModelConfig {
     }
 }
 
-impl YarnConfig {
-    fn from_scaling(scaling: RopeScaling) -> Result<Option<Self>, ConfigError> {
-        match scaling.kind.as_str() {
-            "" | "default" => return Ok(None),
-            "yarn" => {}
-            other => {
-                return Err(ConfigError::new(
-                    "rope_scaling.type",
-                    other,
-                    "must be \"yarn\"",
-                ));
-            }
-        }
-        let needed = |key, value: Option<f64>| {
-            value.ok_or_else(|| ConfigError::new(key, "nothing", "yarn needs a number"))
-        };
-        Ok(Some(Self {
-            factor: needed("rope_scaling.factor", scaling.factor)?,
-            original_max_position_embeddings: needed(
-                "rope_scaling.original_max_position_embeddings",
-                scaling
-                    .original_max_position_embeddings
-                    .map(|length| length as f64),
-            )? as usize,
-            beta_fast: scaling.beta_fast.unwrap_or(32.0),
-            beta_slow: scaling.beta_slow.unwrap_or(1.0),
-            mscale: scaling.mscale.unwrap_or(1.0),
-            mscale_all_dim: scaling.mscale_all_dim.unwrap_or(0.0),
-        }))
-    }
-}
-
-impl From<&YarnConfig> for RopeScaling {
-    fn from(yarn: &YarnConfig) -> Self {
-        Self {
-            kind: "yarn".into(),
-            factor: Some(yarn.factor),
-            original_max_position_embeddings: Some(yarn.original_max_position_embeddings),
-            beta_fast: Some(yarn.beta_fast),
-            beta_slow: Some(yarn.beta_slow),
-            mscale: Some(yarn.mscale),
-            mscale_all_dim: Some(yarn.mscale_all_dim),
-            ..Self::default()
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::tiny;
+    use crate::config::{YarnConfig, tests::tiny};
 
     #[test]
     fn written_files_read_back_the_same() {
         let mut config = tiny();
-        assert_eq!(parse(&render(&config, "float32")).unwrap(), config);
+        assert_eq!(parse(&render(&config, StoredType::F32)).unwrap(), config);
         config.q_lora_rank = None;
         config.rope_scaling = Some(YarnConfig {
             factor: 40.0,
@@ -341,14 +282,14 @@ mod tests {
             mscale: 1.0,
             mscale_all_dim: 1.0,
         });
-        assert_eq!(parse(&render(&config, "bfloat16")).unwrap(), config);
+        assert_eq!(parse(&render(&config, StoredType::Bf16)).unwrap(), config);
     }
 
     #[test]
     fn unknown_methods_are_refused_by_name() {
         let changed = |key: &str, value: Value| {
             let mut file: Map<String, Value> =
-                serde_json::from_str(&render(&tiny(), "float32")).unwrap();
+                serde_json::from_str(&render(&tiny(), StoredType::F32)).unwrap();
             file.insert(key.into(), value);
             parse(&Value::from(file).to_string())
                 .unwrap_err()
@@ -379,7 +320,7 @@ mod tests {
     #[test]
     fn newer_rope_parameters_are_read() {
         let mut file: Map<String, Value> =
-            serde_json::from_str(&render(&tiny(), "float32")).unwrap();
+            serde_json::from_str(&render(&tiny(), StoredType::F32)).unwrap();
         file.remove("rope_theta");
         file.remove("rope_scaling");
         let parameters = serde_json::json!({"rope_type": "default", "rope_theta": 5000.0});

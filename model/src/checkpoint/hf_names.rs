@@ -56,6 +56,31 @@ pub fn mtp_copies(layers: usize, depth: usize, tied: bool) -> [(String, String);
     ]
 }
 
+/// The name of the block scales that belong to the FP8 weight `name`.
+pub fn scales_of(name: &str) -> String {
+    format!("{name}{SCALES}")
+}
+
+/// The name of the FP8 weight that the block scales `name` belong to.
+pub fn scaled_by(name: &str) -> Option<&str> {
+    name.strip_suffix(SCALES)
+}
+
+const SCALES: &str = "_scale_inv";
+
+/// Whether published FP8 checkpoints hold the tensor `name` in FP8: the projections of attention, feed-forward parts and
+/// experts. Embedding, heads, norms, routers and the projection of MTP modules are not among them.
+pub fn is_quantized(name: &str) -> bool {
+    (name.ends_with("_proj.weight") || name.ends_with("_mqa.weight"))
+        && !name.ends_with(".eh_proj.weight")
+}
+
+/// Whether the tensor `name` is in single precision in every checkpoint: the selection bias, which is updated by steps
+/// that vanish beside it in a shorter type.
+pub fn is_always_f32(name: &str) -> bool {
+    name.ends_with(".e_score_correction_bias")
+}
+
 fn rename(path: &str, layers: usize) -> String {
     // The enum that holds the query projections is a field of ours.
     let path = path.replace(".self_attn.query.", ".self_attn.");
@@ -122,5 +147,31 @@ mod tests {
                 suffix: ".down_proj.weight".into()
             }
         );
+    }
+
+    #[test]
+    fn projections_are_quantized_and_nothing_else() {
+        for (name, expected) in [
+            ("model.embed_tokens.weight", false),
+            ("lm_head.weight", false),
+            ("model.norm.weight", false),
+            ("model.layers.3.self_attn.q_proj.weight", true),
+            ("model.layers.3.self_attn.q_a_proj.weight", true),
+            ("model.layers.3.self_attn.q_a_layernorm.weight", false),
+            ("model.layers.3.self_attn.kv_a_proj_with_mqa.weight", true),
+            ("model.layers.3.self_attn.o_proj.weight", true),
+            ("model.layers.0.mlp.gate_proj.weight", true),
+            ("model.layers.3.mlp.gate.weight", false),
+            ("model.layers.3.mlp.gate.e_score_correction_bias", false),
+            ("model.layers.3.mlp.experts.7.down_proj.weight", true),
+            ("model.layers.3.mlp.shared_experts.up_proj.weight", true),
+            ("model.layers.61.eh_proj.weight", false),
+            ("model.layers.61.shared_head.head.weight", false),
+        ] {
+            assert_eq!(is_quantized(name), expected, "{name}");
+        }
+        let weight = "model.layers.3.self_attn.o_proj.weight";
+        assert_eq!(scaled_by(&scales_of(weight)), Some(weight));
+        assert_eq!(scaled_by(weight), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Reading weights: files are mapped, and each parameter is converted on its own.
+//! Reading weights: each parameter is converted on its own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,134 +7,99 @@ use std::{
 
 use burn::{
     module::{Module, ModuleMapper, Param},
-    tensor::{DType, Device, Tensor, TensorData, bf16, f16},
+    tensor::{DType, Device, Tensor, TensorData},
 };
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use serde::Deserialize;
+use safetensors::{Dtype, tensor::TensorView};
 
 use super::{
-    CheckpointError, hf_config,
-    hf_names::{Stored, mtp_copies, stored},
+    CheckpointError,
+    elements::elements,
+    files::{StoredTensors, WeightFiles},
+    hf_config::{self, HfConfigError},
+    hf_names::{Stored, mtp_copies, scaled_by, scales_of, stored},
 };
-use crate::{
-    config::ModelConfig, mmap::MappedFile, parameters::ModulePath, transformer::Transformer,
-};
+use crate::{config::ModelConfig, parameters::ModulePath, transformer::Transformer};
 
 /// Reads `config.json` of the checkpoint in `dir`, or `dir` itself if it is such a file.
 ///
 /// # Errors
 /// An unreadable file or one that describes no model of this architecture.
 pub fn read_config(dir: &Path) -> Result<ModelConfig, CheckpointError> {
-    let path = if dir.is_file() {
+    read_config_as(dir, hf_config::parse)
+}
+
+fn read_config_as<T>(
+    dir: &Path,
+    parse: impl FnOnce(&str) -> Result<T, HfConfigError>,
+) -> Result<T, CheckpointError> {
+    let path: PathBuf = if dir.is_file() {
         dir.to_owned()
     } else {
         dir.join("config.json")
     };
     let text = std::fs::read_to_string(&path).map_err(CheckpointError::io(&path))?;
-    hf_config::parse(&text).map_err(|source| CheckpointError::Config { path, source })
+    parse(&text).map_err(|source| CheckpointError::Config { path, source })
 }
 
-/// Reads the checkpoint in `dir`. Weights stored as f32, f16 or bf16 are held as f32.
+/// Reads the checkpoint in `dir`. Weights stored as f32, f16, bf16 or FP8 are held as f32.
 ///
 /// # Errors
-/// Unreadable or malformed files; tensors that are missing, unexpected or of another shape or type, all of them listed.
+/// Unreadable or malformed files; tensors that are missing, unexpected, of another shape or type or with unusable
+/// scales, all of them listed.
 pub fn load(dir: &Path, device: &Device) -> Result<(ModelConfig, Transformer), CheckpointError> {
-    let config = read_config(dir)?;
-    let files = open(dir)?;
-    let tensors = index(&files)?;
+    let (config, quantized) = read_config_as(dir, hf_config::parse_for_weights)?;
+    let files = WeightFiles::open(dir)?;
+    let model = assemble(&config, quantized, files.tensors()?, device);
+    match model {
+        Ok(model) => Ok((config, model)),
+        Err(problems) => Err(CheckpointError::Tensors {
+            path: dir.to_owned(),
+            problems,
+        }),
+    }
+}
+
+/// The model of the given tensors, or what is wrong with them.
+fn assemble(
+    config: &ModelConfig,
+    quantized: bool,
+    tensors: StoredTensors<'_>,
+    device: &Device,
+) -> Result<Transformer, Vec<String>> {
+    let StoredTensors {
+        by_name: tensors,
+        problems,
+    } = tensors;
     let mut loader = Loader {
         path: ModulePath::default(),
         layers: config.num_hidden_layers,
         device,
+        quantized,
         unread: tensors.keys().map(String::as_str).collect(),
         tensors: &tensors,
-        problems: Vec::new(),
+        problems,
     };
-    let model = Transformer::new(&config, 0, device).map(&mut loader);
+    let model = Transformer::new(config, 0, device).map(&mut loader);
     for depth in 0..config.num_nextn_predict_layers {
         loader.check_copies(depth, config.tie_word_embeddings);
     }
     if config.tie_word_embeddings {
         loader.check_copy("lm_head.weight", "model.embed_tokens.weight");
     }
-    let Loader {
-        unread,
-        mut problems,
-        ..
-    } = loader;
-    problems.extend(
-        unread
-            .iter()
-            .map(|name| format!("{name}: not a tensor of this model")),
-    );
+    let problems = loader.finish();
     if problems.is_empty() {
-        Ok((config, model))
+        Ok(model)
     } else {
-        Err(CheckpointError::Tensors {
-            path: dir.to_owned(),
-            problems,
-        })
+        Err(problems)
     }
-}
-
-fn open(dir: &Path) -> Result<Vec<(PathBuf, MappedFile)>, CheckpointError> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let (single, index) = (
-        dir.join("model.safetensors"),
-        dir.join("model.safetensors.index.json"),
-    );
-    let names: BTreeSet<String> = if single.exists() {
-        ["model.safetensors".to_owned()].into()
-    } else if index.exists() {
-        let text = std::fs::read_to_string(&index).map_err(CheckpointError::io(&index))?;
-        let parsed: Index = serde_json::from_str(&text)
-            .map_err(|error| CheckpointError::format(&index, error.to_string()))?;
-        parsed.weight_map.into_values().collect()
-    } else {
-        let what = "neither model.safetensors nor model.safetensors.index.json is there";
-        return Err(CheckpointError::format(dir, what));
-    };
-    names
-        .into_iter()
-        .map(|name| {
-            // An index is input: it may only name files beside it.
-            if Path::new(&name).file_name() != Some(name.as_ref()) {
-                let what = format!("{name:?} is not the name of a file beside the index");
-                return Err(CheckpointError::format(&index, what));
-            }
-            let path = dir.join(name);
-            let file = MappedFile::open(&path).map_err(CheckpointError::io(&path))?;
-            Ok((path, file))
-        })
-        .collect()
-}
-
-fn index(
-    files: &[(PathBuf, MappedFile)],
-) -> Result<BTreeMap<String, TensorView<'_>>, CheckpointError> {
-    let mut tensors = BTreeMap::new();
-    for (path, file) in files {
-        let parsed = SafeTensors::deserialize(file.bytes())
-            .map_err(|error| CheckpointError::format(path, error.to_string()))?;
-        for (name, view) in parsed.tensors() {
-            if tensors.insert(name.clone(), view).is_some() {
-                return Err(CheckpointError::format(
-                    path,
-                    format!("{name} is in two files"),
-                ));
-            }
-        }
-    }
-    Ok(tensors)
 }
 
 struct Loader<'a> {
     path: ModulePath,
     layers: usize,
     device: &'a Device,
+    /// Whether `config.json` says how FP8 is scaled.
+    quantized: bool,
     tensors: &'a BTreeMap<String, TensorView<'a>>,
     unread: BTreeSet<&'a str>,
     problems: Vec<String>,
@@ -148,21 +113,20 @@ impl Loader<'_> {
                 .push(format!("{name}: missing, expected {expected:?}"));
             return None;
         };
-        self.unread.remove(name);
+        self.mark_read(name, view);
         if view.shape() != expected {
             let found = view.shape();
             self.problems
                 .push(format!("{name}: expected {expected:?}, found {found:?}"));
             return None;
         }
-        let values = widen(view);
-        if values.is_none() {
-            let found = view.dtype();
-            self.problems.push(format!(
-                "{name}: expected F32, F16 or BF16, found {found:?}"
-            ));
+        match elements(name, view, self.tensors, self.quantized) {
+            Ok(values) => Some(values),
+            Err(problems) => {
+                self.problems.extend(problems);
+                None
+            }
         }
-        values
     }
 
     fn read(&mut self, shape: &[usize]) -> Option<Vec<f32>> {
@@ -207,12 +171,39 @@ impl Loader<'_> {
         else {
             return;
         };
-        self.unread.remove(copy);
-        if found.dtype() != expected.dtype() || found.data() != expected.data() {
+        self.mark_read(copy, found);
+        let bytes = |name: &str| self.tensors.get(name).map(|view| view.data());
+        let same_scales = found.dtype() != Dtype::F8_E4M3
+            || bytes(&scales_of(copy)) == bytes(&scales_of(original));
+        if found.dtype() != expected.dtype() || found.data() != expected.data() || !same_scales {
             self.problems.push(format!(
                 "{copy}: differs from {original}, which it should repeat"
             ));
         }
+    }
+
+    /// FP8 is read with its scales.
+    fn mark_read(&mut self, name: &str, view: &TensorView<'_>) {
+        self.unread.remove(name);
+        if view.dtype() == Dtype::F8_E4M3 {
+            self.unread.remove(scales_of(name).as_str());
+        }
+    }
+
+    /// All problems, to which come the tensors that nothing read.
+    fn finish(self) -> Vec<String> {
+        let is_fp8 = |name| {
+            let view = self.tensors.get(name);
+            view.is_some_and(|view| view.dtype() == Dtype::F8_E4M3)
+        };
+        let mut problems = self.problems;
+        problems.extend(self.unread.iter().map(|name| match scaled_by(name) {
+            Some(weight) if !is_fp8(weight) => {
+                format!("{name}: scales {weight}, which is not there as F8_E4M3")
+            }
+            _ => format!("{name}: not a tensor of this model"),
+        }));
+        problems
     }
 }
 
@@ -237,25 +228,6 @@ impl ModuleMapper for Loader<'_> {
     }
 }
 
-/// The elements of a stored float tensor in single precision; `None` for other types.
-fn widen(view: &TensorView<'_>) -> Option<Vec<f32>> {
-    let bytes = view.data();
-    let words = || bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
-    Some(match view.dtype() {
-        Dtype::F32 => bytes
-            .chunks_exact(4)
-            .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-            .collect(),
-        Dtype::BF16 => words()
-            .map(|pair| bf16::from_le_bytes(pair).to_f32())
-            .collect(),
-        Dtype::F16 => words()
-            .map(|pair| f16::from_le_bytes(pair).to_f32())
-            .collect(),
-        _ => return None,
-    })
-}
-
 /// Transposes a row-major matrix of `rows` rows.
 pub(super) fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
     let columns = values.len() / rows;
@@ -264,4 +236,131 @@ pub(super) fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
         turned.extend(values.iter().skip(column).step_by(columns));
     }
     turned
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::{
+        checkpoint::{SaveOptions, StoredType, files, save},
+        config::{YarnConfig, tests::tiny},
+    };
+
+    /// `config.json` and `model.safetensors` of a model with every part in it, one layer of each kind.
+    fn checkpoint(dtype: StoredType) -> (Vec<u8>, Vec<u8>) {
+        let config = ModelConfig {
+            num_hidden_layers: 2,
+            n_routed_experts: 4,
+            rope_scaling: Some(YarnConfig {
+                factor: 4.0,
+                original_max_position_embeddings: 64,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                mscale: 1.0,
+                mscale_all_dim: 1.0,
+            }),
+            ..tiny()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let options = SaveOptions {
+            dtype,
+            ..SaveOptions::default()
+        };
+        let model = Transformer::new(&config, 5, &Device::flex());
+        save(&model, &config, dir.path(), &options).unwrap();
+        let read = |name| std::fs::read(dir.path().join(name)).unwrap();
+        (read("config.json"), read("model.safetensors"))
+    }
+
+    /// As [`load`], from what files would hold.
+    fn load_bytes(config: &[u8], weights: &[u8]) -> Result<Transformer, String> {
+        let text = str::from_utf8(config).map_err(|error| error.to_string())?;
+        let (config, quantized) =
+            hf_config::parse_for_weights(text).map_err(|error| error.to_string())?;
+        let tensors = files::tensors(&[(Path::new("model.safetensors"), weights)], None)
+            .map_err(|error| error.to_string())?;
+        assemble(&config, quantized, tensors, &Device::flex())
+            .map_err(|problems| problems.join("\n"))
+    }
+
+    /// Changes, drops or adds a byte before `end`, or swaps a short piece for another one.
+    fn mutate(bytes: &mut Vec<u8>, end: usize, rng: &mut ChaCha8Rng) {
+        let at = rng.random_range(0..end);
+        // Half of the new bytes are digits, which leave JSON what it is.
+        let byte = if rng.random() {
+            rng.random_range(b'0'..=b'9')
+        } else {
+            rng.random()
+        };
+        match rng.random_range(0..4) {
+            0 => bytes[at] = byte,
+            1 => {
+                bytes.remove(at);
+            }
+            2 => bytes.insert(at, byte),
+            _ => {
+                let length = rng.random_range(1..16).min(end - at);
+                let from = rng.random_range(0..=end - length);
+                bytes.copy_within(from..from + length, at);
+            }
+        }
+    }
+
+    #[test]
+    fn ten_thousand_damaged_checkpoints_are_errors_or_load() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let (mut loaded, mut refused) = (0, 0);
+        for dtype in [StoredType::Bf16, StoredType::Fp8] {
+            let (config, weights) = checkpoint(dtype);
+            assert!(load_bytes(&config, &weights).is_ok());
+            let header = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+            for number in 0..5_000 {
+                let (mut config, mut weights) = (config.clone(), weights.clone());
+                for _ in 0..rng.random_range(1..=3) {
+                    if rng.random() {
+                        let end = config.len();
+                        mutate(&mut config, end, &mut rng);
+                    } else {
+                        mutate(&mut weights, header, &mut rng);
+                    }
+                }
+                match catch_unwind(AssertUnwindSafe(|| load_bytes(&config, &weights))) {
+                    Ok(Ok(_)) => loaded += 1,
+                    Ok(Err(message)) => {
+                        assert!(!message.is_empty());
+                        refused += 1;
+                    }
+                    Err(_) => panic!("{dtype:?}, mutation {number}: panicked"),
+                }
+            }
+        }
+        // Keys that the model does not use may say anything; most other damage is noticed.
+        assert!(loaded > 100 && refused > 5_000, "{loaded} {refused}");
+    }
+
+    #[test]
+    fn scales_without_an_fp8_weight_are_listed() {
+        let (_, bf16) = checkpoint(StoredType::Bf16);
+        let (config, fp8) = checkpoint(StoredType::Fp8);
+        let path = Path::new("model.safetensors");
+        let mut tensors = files::tensors(&[(path, &fp8)], None).unwrap();
+        let whole = files::tensors(&[(path, &bf16)], None).unwrap();
+        let name = "model.layers.0.mlp.up_proj.weight";
+        let view = whole.by_name[name].clone();
+        tensors.by_name.insert(name.to_owned(), view);
+        let (config, quantized) =
+            hf_config::parse_for_weights(str::from_utf8(&config).unwrap()).unwrap();
+        let problems = assemble(&config, quantized, tensors, &Device::flex()).unwrap_err();
+        assert_eq!(
+            problems,
+            [format!(
+                "{name}_scale_inv: scales {name}, which is not there as F8_E4M3"
+            )]
+        );
+    }
 }

@@ -1,8 +1,13 @@
 //! Checkpoints in the layout of Hugging Face: `config.json`, `model.safetensors` or shards with an index.
 
 mod atomic;
+mod elements;
+mod files;
+pub mod fp8;
 pub mod hf_config;
 pub mod hf_names;
+mod hf_quantization;
+mod hf_rope;
 mod load;
 mod save;
 
@@ -11,6 +16,19 @@ use std::path::{Path, PathBuf};
 pub use atomic::{write_directory, write_file};
 pub use load::{load, read_config};
 pub use save::{SaveOptions, save};
+
+/// The type that weights are written in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StoredType {
+    /// Single precision, in which models are held: nothing is lost.
+    #[default]
+    F32,
+    /// Rounded to the nearest bfloat16, or the even one of two; selection biases stay in single precision.
+    Bf16,
+    /// E4M3 with a scale per block for the weights that DeepSeek publishes so, see [`hf_names::is_quantized`]; the others
+    /// as with [`StoredType::Bf16`].
+    Fp8,
+}
 
 /// Why a checkpoint cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +126,10 @@ mod tests {
                 &model,
                 &config,
                 dir.path(),
-                &SaveOptions { max_shard_bytes },
+                &SaveOptions {
+                    max_shard_bytes,
+                    ..SaveOptions::default()
+                },
             )
             .unwrap();
             assert_eq!(
@@ -141,7 +162,7 @@ mod tests {
         };
         std::fs::write(
             dir.path().join("config.json"),
-            hf_config::render(&other, "float32"),
+            hf_config::render(&other, StoredType::F32),
         )
         .unwrap();
         let message = load(dir.path(), &device).unwrap_err().to_string();

@@ -1,17 +1,17 @@
 //! Writing weights, tensor by tensor.
 
-use std::{borrow::Cow, collections::BTreeMap, path::Path};
+use std::{borrow::Cow, collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
-    tensor::Tensor,
+    tensor::{Tensor, bf16},
 };
 use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::json;
 
 use super::{
-    CheckpointError, hf_config,
-    hf_names::{Stored, mtp_copies, stored},
+    CheckpointError, StoredType, fp8, hf_config,
+    hf_names::{Stored, is_always_f32, is_quantized, mtp_copies, scales_of, stored},
     load::transpose,
     write_file,
 };
@@ -22,37 +22,46 @@ use crate::{config::ModelConfig, parameters::ModulePath, transformer::Transforme
 pub struct SaveOptions {
     /// Weights are split into files of at most this size, unless one tensor is larger.
     pub max_shard_bytes: u64,
+    /// The type of the weights.
+    pub dtype: StoredType,
 }
 
 impl Default for SaveOptions {
-    /// Files of at most 5 GB, as transformers writes them.
+    /// Single precision in files of at most 5 GB, as transformers writes them.
     fn default() -> Self {
         Self {
             max_shard_bytes: 5_000_000_000,
+            dtype: StoredType::F32,
         }
     }
 }
 
-/// Writes `config.json` and the weights in single precision into the existing folder `dir`.
+/// Writes `config.json` and the weights into the existing folder `dir`.
 ///
 /// # Errors
-/// What the file system answers.
+/// What the file system answers; with [`StoredType::Fp8`] also a weight with a NaN or an infinity, which has no scale.
 pub fn save(
     model: &Transformer,
     config: &ModelConfig,
     dir: &Path,
     options: &SaveOptions,
 ) -> Result<(), CheckpointError> {
-    write_file(
-        &dir.join("config.json"),
-        hf_config::render(config, "float32").as_bytes(),
-    )?;
     let mut collector = Collector {
         path: ModulePath::default(),
         layers: config.num_hidden_layers,
+        dtype: options.dtype,
         tensors: BTreeMap::new(),
+        without_scale: None,
     };
     model.visit(&mut collector);
+    if let Some(name) = collector.without_scale {
+        let what = format!("{name}: has NaN or infinity and cannot be written as FP8");
+        return Err(CheckpointError::format(dir, what));
+    }
+    write_file(
+        &dir.join("config.json"),
+        hf_config::render(config, options.dtype).as_bytes(),
+    )?;
     let mut tensors = collector.tensors;
     for depth in 0..config.num_nextn_predict_layers {
         for (copy, original) in
@@ -98,6 +107,10 @@ fn write_shards(
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         serialize_to_file(shard, Some(metadata), &path)
             .map_err(|error| CheckpointError::format(&path, error.to_string()))?;
+        // It makes a private file; weights are as public as the configuration beside them.
+        fs::metadata(dir.join("config.json"))
+            .and_then(|public| fs::set_permissions(&path, public.permissions()))
+            .map_err(CheckpointError::io(&path))?;
     }
     if count == 1 {
         return Ok(());
@@ -110,7 +123,35 @@ fn write_shards(
 struct Collector {
     path: ModulePath,
     layers: usize,
+    dtype: StoredType,
     tensors: BTreeMap<String, StoredTensor>,
+    /// The first weight that should be quantised but has numbers that are not finite.
+    without_scale: Option<String>,
+}
+
+impl Collector {
+    /// Adds a tensor of the given stored sizes, and its scales if it is quantised.
+    fn add(&mut self, name: String, source: Source, shape: Vec<usize>) {
+        let content = match self.dtype {
+            _ if is_always_f32(&name) => Content::F32(source),
+            StoredType::F32 => Content::F32(source),
+            StoredType::Fp8 if is_quantized(&name) => {
+                let values = source.read(&shape);
+                if !values.iter().all(|value| value.is_finite()) {
+                    self.without_scale.get_or_insert(name.clone());
+                }
+                let scales: Arc<[f32]> = fp8::scales(&values, shape[1]).into();
+                let tensor = StoredTensor {
+                    content: Content::Scales(scales.clone()),
+                    shape: fp8::scale_shape([shape[0], shape[1]]).to_vec(),
+                };
+                self.tensors.insert(scales_of(&name), tensor);
+                Content::Fp8(source, scales)
+            }
+            StoredType::Bf16 | StoredType::Fp8 => Content::Bf16(source),
+        };
+        self.tensors.insert(name, StoredTensor { content, shape });
+    }
 }
 
 impl ModuleVisitor for Collector {
@@ -125,60 +166,67 @@ impl ModuleVisitor for Collector {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.val();
         let shape = tensor.dims().to_vec();
+        let values = tensor.reshape([shape.iter().product::<usize>()]);
+        let source = |values, turned| Source { values, turned };
         match stored(&self.path.join(), self.layers) {
-            Stored::AsIs(name) => {
-                let values = tensor.reshape([shape.iter().product::<usize>()]);
-                self.tensors.insert(
-                    name,
-                    StoredTensor {
-                        values,
-                        shape,
-                        turned: false,
-                    },
-                );
-            }
+            Stored::AsIs(name) => self.add(name, source(values, false), shape),
             Stored::Transposed(name) => {
-                let values = tensor.reshape([shape[0] * shape[1]]);
-                let shape = vec![shape[1], shape[0]];
-                self.tensors.insert(
-                    name,
-                    StoredTensor {
-                        values,
-                        shape,
-                        turned: true,
-                    },
-                );
+                self.add(name, source(values, true), vec![shape[1], shape[0]]);
             }
             Stored::Experts { prefix, suffix } => {
                 let [experts, rows, columns] = [shape[0], shape[1], shape[2]];
                 let size = rows * columns;
-                let values = tensor.reshape([experts * size]);
                 for expert in 0..experts {
                     let values = values.clone().narrow(0, expert * size, size);
-                    let tensor = StoredTensor {
-                        values,
-                        shape: vec![columns, rows],
-                        turned: true,
-                    };
-                    self.tensors
-                        .insert(format!("{prefix}{expert}{suffix}"), tensor);
+                    let name = format!("{prefix}{expert}{suffix}");
+                    self.add(name, source(values, true), vec![columns, rows]);
                 }
             }
         }
     }
 }
 
-/// A tensor to be written: read from the device, and turned, only when its turn comes.
+/// A tensor to be written.
 #[derive(Clone)]
 struct StoredTensor {
+    content: Content,
+    shape: Vec<usize>,
+}
+
+#[derive(Clone)]
+enum Content {
+    F32(Source),
+    Bf16(Source),
+    Fp8(Source, Arc<[f32]>),
+    Scales(Arc<[f32]>),
+}
+
+/// Elements that are read from the device, and turned, only when their turn comes.
+#[derive(Clone)]
+struct Source {
     values: Tensor<1>,
-    shape: Vec<usize>, // as stored
     turned: bool,
+}
+
+impl Source {
+    /// The elements in the order of the sizes that they are stored with.
+    fn read(&self, shape: &[usize]) -> Vec<f32> {
+        let values: Vec<f32> = self.values.to_data().iter().collect();
+        if self.turned {
+            transpose(&values, shape[1])
+        } else {
+            values
+        }
+    }
 }
 
 impl View for StoredTensor {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        match self.content {
+            Content::F32(_) | Content::Scales(_) => Dtype::F32,
+            Content::Bf16(_) => Dtype::BF16,
+            Content::Fp8(..) => Dtype::F8_E4M3,
+        }
     }
 
     fn shape(&self) -> &[usize] {
@@ -186,20 +234,120 @@ impl View for StoredTensor {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let values: Vec<f32> = self.values.to_data().iter().collect();
-        let values = if self.turned {
-            transpose(&values, self.shape[1])
-        } else {
-            values
+        let f32_bytes =
+            |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+        let bytes = match &self.content {
+            Content::F32(source) => f32_bytes(&source.read(&self.shape)),
+            Content::Bf16(source) => {
+                let values = source.read(&self.shape).into_iter();
+                values
+                    .flat_map(|value| bf16::from_f32(value).to_le_bytes())
+                    .collect()
+            }
+            Content::Fp8(source, scales) => {
+                fp8::quantize(&source.read(&self.shape), self.shape[1], scales)
+            }
+            Content::Scales(scales) => f32_bytes(scales),
         };
-        values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect::<Vec<u8>>()
-            .into()
+        bytes.into()
     }
 
     fn data_len(&self) -> usize {
-        4 * self.shape.iter().product::<usize>()
+        let elements: usize = self.shape.iter().product();
+        elements * self.dtype().bitsize() / 8
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use safetensors::SafeTensors;
+
+    use super::*;
+    use crate::{
+        checkpoint::{load, write_directory},
+        config::tests::tiny,
+    };
+
+    fn saved(model: &Transformer, dtype: StoredType) -> (tempfile::TempDir, Vec<u8>) {
+        let dir = tempfile::tempdir().unwrap();
+        let options = SaveOptions {
+            dtype,
+            ..SaveOptions::default()
+        };
+        save(model, &tiny(), dir.path(), &options).unwrap();
+        let bytes = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+        (dir, bytes)
+    }
+
+    #[test]
+    fn each_tensor_has_the_type_that_upstream_gives_it() {
+        let device = Device::flex();
+        let model = Transformer::new(&tiny(), 5, &device);
+        for stored_type in [StoredType::F32, StoredType::Bf16, StoredType::Fp8] {
+            let (dir, bytes) = saved(&model, stored_type);
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            let mut quantized = 0;
+            for (name, view) in file.tensors() {
+                let expected = match stored_type {
+                    _ if is_always_f32(&name) || name.ends_with("_scale_inv") => Dtype::F32,
+                    StoredType::F32 => Dtype::F32,
+                    StoredType::Fp8 if is_quantized(&name) => {
+                        quantized += 1;
+                        assert!(file.tensor(&scales_of(&name)).is_ok(), "{name}");
+                        Dtype::F8_E4M3
+                    }
+                    _ => Dtype::BF16,
+                };
+                assert_eq!(view.dtype(), expected, "{name}");
+            }
+            // Four layers with five projections in attention each; a dense part of three, and three more in each of
+            // eight experts and a shared one.
+            let expected = if stored_type == StoredType::Fp8 {
+                4 * 5 + 3 + 3 * 9 * 3
+            } else {
+                0
+            };
+            assert_eq!(quantized, expected);
+            load(dir.path(), &device).unwrap();
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_to_the_nearest_and_the_even_one_of_two() {
+        let shape = vec![4];
+        // 1 is followed by 1 + 2^-7, after which comes 1 + 2^-6.
+        let values = [1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8), 1.004, -1.0];
+        let values = Tensor::from_data(values, &Device::flex());
+        let turned = false;
+        let content = Content::Bf16(Source { values, turned });
+        let bytes = StoredTensor { content, shape }.data().into_owned();
+        let found: Vec<f32> = bytes
+            .chunks_exact(2)
+            .map(|pair| bf16::from_le_bytes([pair[0], pair[1]]).to_f32())
+            .collect();
+        assert_eq!(found, [1.0, 1.0 + 2f32.powi(-6), 1.0078125, -1.0]);
+    }
+
+    #[test]
+    fn what_has_no_scale_is_not_written() {
+        let config = tiny();
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut model = Transformer::new(&config, 5, &Device::flex());
+            let weight = &mut model.layers[1].self_attn.o_proj.weight;
+            *weight = weight.clone().map(|values| values.mul_scalar(bad));
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("out");
+            let options = SaveOptions {
+                dtype: StoredType::Fp8,
+                ..SaveOptions::default()
+            };
+            let message = write_directory(&path, |dir| save(&model, &config, dir, &options))
+                .unwrap_err()
+                .to_string();
+            let expected = "model.layers.1.self_attn.o_proj.weight: has NaN or infinity and cannot";
+            assert!(message.contains(expected), "{message}");
+            assert!(!path.exists());
+        }
     }
 }
