@@ -3,6 +3,7 @@
 //! One file per subcommand, each of them thin: parse, call a crate, render.
 
 mod allocator;
+mod convert;
 mod device;
 mod generate;
 mod inspect;
@@ -10,6 +11,7 @@ mod model_dir;
 mod progress;
 mod step_lines;
 mod train;
+mod verify;
 
 use std::{
     io::{self, ErrorKind, Write},
@@ -43,6 +45,10 @@ enum Command {
     Generate(generate::Args),
     #[command(after_help = EXIT_CODES)]
     Inspect(inspect::Args),
+    #[command(after_help = verify::EXIT_CODES)]
+    Verify(verify::Args),
+    #[command(after_help = EXIT_CODES)]
+    Convert(convert::Args),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +58,8 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Convert(args) => convert::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", with_causes(&error));

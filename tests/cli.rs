@@ -316,7 +316,7 @@ fn help_of_every_subcommand() {
         &succeeds(&["--help"]),
         &["train     Train", "generate", "inspect", "130  interrupted"],
     );
-    for command in ["train", "generate", "inspect"] {
+    for command in ["train", "generate", "inspect", "convert", "verify"] {
         contains(
             &succeeds(&[command, "--help"]),
             &["Usage: deepburn", "Exit codes:"],
