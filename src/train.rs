@@ -29,7 +29,7 @@ pub(crate) struct Args {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
 
-    /// Where to compute: cpu, wgpu[:N] or cuda[:N], as far as compiled in
+    /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N, as far as compiled in
     #[arg(long, default_value = "cpu")]
     device: DeviceSpec,
 

@@ -95,6 +95,9 @@ fn every_reference_of_every_case_is_within_its_tolerance() {
         ("tiny-noqlora-bf16", 30, 1),
         ("tiny-mtp", 39 + 130, 2),
         ("tiny-train", 12 + 89 + 91 + 1, 0),
+        ("tiny-train-10", 27 + 2 + 89 + 12 + 91 + 1, 0),
+        ("tiny-dense-moe-sharded", 30 + 2, 0),
+        ("tiny-fp8", 27, 27),
     ] {
         let (json, _) = ends(0, &fixture(case), &["--json"]);
         let json: Value = serde_json::from_str(&json).unwrap();

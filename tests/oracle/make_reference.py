@@ -1,0 +1,266 @@
+"""Write what transformers computes for a checkpoint, for `deepburn verify` to compare with.
+
+    python tests/oracle/make_reference.py CHECKPOINT_DIR [--train-steps 10] [--batch 2] [--length 24] [--seed 0]
+
+Writes into CHECKPOINT_DIR, in float32 on the CPU:
+
+- reference.safetensors           the forward pass of random tokens with every intermediate result
+- reference_generate.safetensors  32 greedy tokens with a cache, and the logits of each step
+- reference_grads.safetensors     every gradient of the next-token loss of the first training batch
+- reference_train.safetensors     losses, norms, loads and biases of some AdamW steps; the balance loss in both readings
+- final_params.safetensors        the parameters after them
+
+The tensors are described in tests/fixtures/README.md and tests/fixtures/tiny-train/README.md. Experts are written one by
+one under their published names. Multi-token prediction modules, which transformers' causal model does not have, are left
+out. The smallest margins of routing and of greedy choice are printed: where one is below 1e-5, float noise alone may
+choose differently, and another seed is the remedy.
+
+Needs torch, transformers (tested with 5.23.0) and safetensors.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from check_transformers import load_model
+
+NEW_TOKENS = 32
+LEARNING_RATE, BETAS, EPSILON, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
+CLIP_NORM, BIAS_SPEED, BALANCE_WEIGHT = 1.0, 1e-3, 1e-4
+
+
+class Trace:
+    """Results of modules during a forward pass, by the names of the reference files."""
+
+    def __init__(self, model):
+        self.found, self.model, self.handles = {}, model, []
+        decoder = model.model
+        self.keep(decoder.embed_tokens, "hidden_states.0")
+        self.keep(decoder.norm, "final_hidden")
+        for index, layer in enumerate(decoder.layers):
+            self.keep(layer, f"hidden_states.{index + 1}")
+            self.keep(layer.self_attn, f"layer.{index}.attn_output")
+            self.keep(layer.mlp, f"layer.{index}.mlp_output")
+            self.keep(layer.self_attn.kv_a_layernorm, f"layer.{index}.cache_kv_latent")
+            self.keep(layer.self_attn.kv_a_proj_with_mqa, f"layer.{index}.kv")
+            if hasattr(layer.mlp, "gate"):
+                self.keep_all(layer.mlp.gate, f"layer.{index}.gate")
+
+    def keep(self, module, name):
+        def hook(_, __, output):
+            self.found[name] = output[0] if isinstance(output, tuple) else output
+
+        self.handles.append(module.register_forward_hook(hook))
+
+    def keep_all(self, module, name):
+        self.handles.append(module.register_forward_hook(lambda _, __, out: self.found.update({name: out})))
+
+    def close(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def rotated_key(model, kv):
+    """The shared key turned by position, neighbouring pairs together."""
+    key = kv[..., model.config.kv_lora_rank :]
+    angles = torch.arange(key.shape[1])[:, None].float() * model.model.rotary_emb.inv_freq
+    scaling = model.model.rotary_emb.attention_scaling
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    real, imaginary = key[..., 0::2], key[..., 1::2]
+    return torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).flatten(-2)
+
+
+def routing_margin(model, layer, logits):
+    """How far the worst chosen expert is from the best that was passed over, within the chosen groups."""
+    config = model.config
+    choice = logits.sigmoid() + layer.mlp.gate.e_score_correction_bias
+    groups = choice.view(len(choice), config.n_group, -1)
+    scores = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+    ranked = scores.sort(-1, descending=True).values
+    margin = torch.inf
+    if config.topk_group < config.n_group:
+        margin = (ranked[:, config.topk_group - 1] - ranked[:, config.topk_group]).min().item()
+    kept = torch.zeros_like(scores).scatter(1, scores.topk(config.topk_group, -1).indices, 1).bool()
+    masked = groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1).sort(-1, descending=True).values
+    k = config.num_experts_per_tok
+    if k < config.topk_group * groups.shape[-1]:
+        margin = min(margin, (masked[:, k - 1] - masked[:, k]).min().item())
+    return margin
+
+
+@torch.no_grad()
+def forward(model, tokens):
+    trace = Trace(model)
+    logits = model(tokens, use_cache=False).logits
+    trace.close()
+    found, margin = {"input_ids": tokens, "logits": logits}, torch.inf
+    for name, value in trace.found.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind == "kv":
+            found[f"{prefix}.cache_k_rope"] = rotated_key(model, value)
+        elif kind == "gate":
+            router_logits, weights, indices = value
+            indices, order = indices.sort(-1)
+            found[f"{prefix}.router_logits"] = router_logits
+            found[f"{prefix}.topk_indices"] = indices
+            found[f"{prefix}.topk_weights"] = weights.gather(1, order)
+            layer = model.model.layers[int(prefix.split(".")[1])]
+            margin = min(margin, routing_margin(model, layer, router_logits))
+        else:
+            found[name] = value
+    rotary = model.model.rotary_emb
+    found["rope.inv_freq"] = rotary.inv_freq
+    found["rope.attention_scaling"] = torch.tensor(float(rotary.attention_scaling))
+    found["softmax_scale"] = torch.tensor(float(model.model.layers[0].self_attn.scaling))
+    print(f"forward: smallest routing margin {margin:.1e}")
+    return found
+
+
+@torch.no_grad()
+def generate(model, prompt):
+    cache, tokens, steps, gap = None, prompt, [], torch.inf
+    output = [prompt]
+    for _ in range(NEW_TOKENS):
+        result = model(tokens, past_key_values=cache, use_cache=True)
+        cache, logits = result.past_key_values, result.logits[:, -1]
+        best = logits.topk(2).values
+        gap = min(gap, (best[:, 0] - best[:, 1]).min().item())
+        steps.append(logits)
+        tokens = logits.argmax(-1, keepdim=True)
+        output.append(tokens)
+    print(f"generate: smallest gap between the best two tokens {gap:.1e}")
+    return {
+        "prompt_ids": prompt,
+        "output_ids": torch.cat(output, 1),
+        "step_logits": torch.stack(steps, 1),
+    }
+
+
+def published(name, tensor):
+    """A parameter under the names of published checkpoints: stacked experts one by one."""
+    prefix, found, projection = name.partition(".experts.")
+    if not found:
+        return {name: tensor}
+    parts = {"down_proj": tensor}
+    if projection == "gate_up_proj":
+        gate, up = tensor.chunk(2, 1)
+        parts = {"gate_proj": gate, "up_proj": up}
+    return {
+        f"{prefix}.experts.{expert}.{part}.weight": matrix
+        for part, matrices in parts.items()
+        for expert, matrix in enumerate(matrices)
+    }
+
+
+def moe_layers(model):
+    return [(index, layer.mlp) for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")]
+
+
+def next_token_loss(model, tokens):
+    logits = model(tokens, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def balance_losses(model, tokens):
+    """Equations 17 to 20 with the factor alpha: f counts the top K of the affinities, or the experts really used."""
+    found = {}
+    k, experts = model.config.num_experts_per_tok, model.config.n_routed_experts
+    batch, length = tokens.shape
+    for reading in ("paper", "actual"):
+        trace = Trace(model)
+        model(tokens, use_cache=False)
+        trace.close()
+        losses = []
+        for index, _ in moe_layers(model):
+            logits, _, used = trace.found[f"layer.{index}.gate"]
+            affinity = logits.sigmoid()
+            chosen = affinity.topk(k, -1).indices if reading == "paper" else used
+            hits = torch.nn.functional.one_hot(chosen, experts).view(batch, -1, experts).sum(1)
+            frequency = hits * experts / (k * length)
+            share = (affinity / affinity.sum(-1, keepdim=True)).view(batch, length, experts).mean(1)
+            losses.append(BALANCE_WEIGHT * (frequency * share).sum(-1).mean())
+        total = torch.stack(losses).sum()
+        weights = [mlp.gate.weight for _, mlp in moe_layers(model)]
+        for (index, _), gradient in zip(moe_layers(model), torch.autograd.grad(total, weights)):
+            found[f"balance_grad.{reading}.model.layers.{index}.mlp.gate.weight"] = gradient
+        found[f"balance_loss.{reading}"] = total.detach()
+        found[f"balance_loss.{reading}.per_layer"] = torch.stack(losses).detach()
+    return found
+
+
+def train(model, batches):
+    found = {f"input_ids.step{step}": tokens for step, tokens in enumerate(batches)}
+    found |= balance_losses(model, batches[0])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY
+    )
+    gradients, rows = {}, {"loss": [], "grad_norm": [], "expert_load": [], "bias": []}
+    margin = torch.inf
+    for step, tokens in enumerate(batches):
+        trace = Trace(model)
+        loss = next_token_loss(model, tokens)
+        trace.close()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            for name, parameter in model.named_parameters():
+                gradients |= published(name, parameter.grad.clone())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        loads, biases = [], []
+        for index, mlp in moe_layers(model):
+            logits, _, used = trace.found[f"layer.{index}.gate"]
+            margin = min(margin, routing_margin(model, model.model.layers[index], logits))
+            load = torch.bincount(used.flatten(), minlength=model.config.n_routed_experts)
+            bias = mlp.gate.e_score_correction_bias
+            with torch.no_grad():
+                bias += BIAS_SPEED * torch.sign(load.float().mean() - load)
+            loads.append(load)
+            biases.append(bias.clone())
+        for name, value in zip(rows, (loss.detach(), norm, torch.stack(loads), torch.stack(biases))):
+            rows[name].append(value)
+    print(f"training: smallest routing margin {margin:.1e}")
+    found |= {name: torch.stack(values) for name, values in rows.items()}
+    final = {}
+    for name, value in model.state_dict().items():
+        final |= published(name, value)
+    return gradients, found, final
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=pathlib.Path)
+    parser.add_argument("--train-steps", type=int, default=10, help="0 leaves training out")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, problems = load_model(arguments.checkpoint)
+    if problems:
+        sys.exit("\n".join(problems))
+    torch.manual_seed(arguments.seed)
+
+    def tokens():
+        return torch.randint(model.config.vocab_size, (arguments.batch, arguments.length))
+
+    files = {"reference": forward(model, tokens()), "reference_generate": generate(model, tokens())}
+    if arguments.train_steps:
+        batches = [tokens() for _ in range(arguments.train_steps)]
+        gradients, steps, final = train(model, batches)
+        files |= {"reference_grads": gradients, "reference_train": steps, "final_params": final}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    for name, tensors in files.items():
+        path = arguments.checkpoint / f"{name}.safetensors"
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path, versions)
+        print(f"{path}: {len(tensors)} tensors")
+
+
+if __name__ == "__main__":
+    main()
