@@ -1,8 +1,9 @@
 //! Multi-head latent attention, MLA (report section 2.1.1).
 //!
 //! Keys and values of all heads come from one latent vector per token, c_kv, plus one rotated key that the heads
-//! share. Two forms compute the same: [`expanded`] builds keys and values for training, [`absorbed`] multiplies
-//! the up-projections into queries and outputs, so that decoding reads nothing but the cached latents.
+//! share. Two forms compute the same: [`Attention::expanded`] builds keys and values for training,
+//! [`Attention::absorbed`] multiplies the up-projections into queries and outputs, so that decoding reads nothing but
+//! the cached latents.
 
 mod absorbed;
 mod cache;
