@@ -20,7 +20,7 @@ use rayon::prelude::*;
 
 use crate::{
     flex::{contiguous, dims, elements, float_tensor, indices, is_native_f32},
-    vector::{exp, max, sum, vectorized},
+    vector::{exp, log_sum_exp, vectorized},
 };
 
 /// Mean over the rows of `-log softmax(logits)[target]`, in nats.
@@ -103,12 +103,6 @@ impl CrossEntropyGrad for Flex {
             });
         float_tensor(out, [rows, classes])
     }
-}
-
-#[inline(always)]
-fn log_sum_exp(row: &[f32]) -> f32 {
-    let highest = max(row);
-    highest + sum(row, |logit| exp(logit - highest)).ln()
 }
 
 #[derive(Debug)]

@@ -51,7 +51,7 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 
 /// The largest element, -inf if there is none. NaN is passed over.
 #[inline(always)]
-pub(crate) fn max(values: &[f32]) -> f32 {
+fn max(values: &[f32]) -> f32 {
     fold(
         values,
         f32::NEG_INFINITY,
@@ -82,6 +82,13 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
         total += lane;
     }
     total
+}
+
+/// `ln` of the sum of `e^x` over the elements.
+#[inline(always)]
+pub(crate) fn log_sum_exp(values: &[f32]) -> f32 {
+    let highest = max(values);
+    highest + sum(values, |value| exp(value - highest)).ln()
 }
 
 const LANES: usize = 16;

@@ -22,7 +22,7 @@ use burn::{
 
 use crate::{
     config::TrainConfig,
-    learner::{Batch, Exchange, StepSettings, Trainee},
+    learner::{Batch, Exchange, Trainee},
     metrics::{MetricsLog, Record},
     report::StepReport,
     run::{TrainError, settings},
@@ -153,10 +153,7 @@ impl Run<'_> {
         } = self.strategy;
         let steps = config.run.steps;
         let due = step + 1 == steps || (step + 1).is_multiple_of(config.checkpoint.interval);
-        let settings = StepSettings {
-            snapshot: due,
-            ..settings(config, step)
-        };
+        let settings = settings(config, step);
         exchange.begin(settings);
         let started = Instant::now();
         let mut gradients = GradientsAccumulator::new();

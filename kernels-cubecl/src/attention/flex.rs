@@ -10,7 +10,7 @@ use super::{AttentionGrad, AttentionOps, Saved};
 use crate::{
     flex::{FlexFloat, contiguous, dims, elements, float_tensor, indices},
     gemm::{Into, Matrix, multiply},
-    vector::{dot, exp, max, sum, vectorized},
+    vector::{dot, exp, log_sum_exp, vectorized},
 };
 
 /// Queries per block: its scores against a few hundred keys stay in the second-level cache.
@@ -202,12 +202,6 @@ fn blocks(length: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
 /// A tensor of `[B, H, T, D]` elements seen as `[B, T, H, D]`.
 fn by_position(elements: Vec<f32>, shape: [usize; 4]) -> FlexFloat {
     float_tensor(elements, shape).permute(&[0, 2, 1, 3])
-}
-
-#[inline(always)]
-fn log_sum_exp(scores: &[f32]) -> f32 {
-    let highest = max(scores);
-    highest + sum(scores, |score| exp(score - highest)).ln()
 }
 
 /// Turns a row of scores into probabilities, zero where the query does not see.
