@@ -20,7 +20,7 @@ use rayon::prelude::*;
 
 use crate::{
     flex::{contiguous, dims, elements, float_tensor, indices, is_native_f32},
-    vector::{exp, log_sum_exp, vectorized},
+    vector::{exp, max, sum, vectorized},
 };
 
 /// Mean over the rows of `-log softmax(logits)[target]`, in nats.
@@ -71,7 +71,12 @@ impl CrossEntropyOps for Flex {
         let losses: Vec<f32> = elements::<f32>(&logits)
             .par_chunks_exact(classes)
             .zip(targets)
-            .map(|(row, target)| vectorized(|| log_sum_exp(row)) - row[target])
+            .map(|(row, target)| {
+                vectorized(|| {
+                    let (highest, total) = softmax_parts(row);
+                    (highest - row[target]) + total.ln()
+                })
+            })
             .collect();
         // In double precision and in order, so that the sum does not depend on threads.
         let total: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
@@ -94,15 +99,24 @@ impl CrossEntropyGrad for Flex {
             .zip(targets)
             .for_each(|((out, row), target)| {
                 vectorized(|| {
-                    let normaliser = log_sum_exp(row);
+                    let (highest, total) = softmax_parts(row);
+                    let factor = scale / total;
                     for (out, &logit) in out.iter_mut().zip(row) {
-                        *out = scale * exp(logit - normaliser);
+                        *out = factor * exp(logit - highest);
                     }
                 });
                 out[target] -= scale;
             });
         float_tensor(out, [rows, classes])
     }
+}
+
+/// The highest logit and the sum of `e^(logit - highest)`. Kept apart: added up as a log-sum-exp, a probability near
+/// one would carry the rounding of the highest logit.
+#[inline(always)]
+fn softmax_parts(row: &[f32]) -> (f32, f32) {
+    let highest = max(row);
+    (highest, sum(row, |logit| exp(logit - highest)))
 }
 
 #[derive(Debug)]

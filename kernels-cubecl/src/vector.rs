@@ -51,7 +51,7 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 
 /// The largest element, -inf if there is none. NaN is passed over.
 #[inline(always)]
-fn max(values: &[f32]) -> f32 {
+pub(crate) fn max(values: &[f32]) -> f32 {
     fold(
         values,
         f32::NEG_INFINITY,
