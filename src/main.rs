@@ -8,6 +8,7 @@ mod device;
 mod generate;
 mod inspect;
 mod model_dir;
+mod pipeline;
 mod progress;
 mod step_lines;
 mod train;
@@ -49,6 +50,8 @@ enum Command {
     Verify(verify::Args),
     #[command(after_help = EXIT_CODES)]
     Convert(convert::Args),
+    #[command(after_help = EXIT_CODES)]
+    Pipeline(pipeline::Args),
 }
 
 fn main() -> ExitCode {
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Convert(args) => convert::run(args),
+        Command::Pipeline(args) => pipeline::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", with_causes(&error));

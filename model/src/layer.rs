@@ -9,6 +9,7 @@ use crate::{
     mlp::Mlp,
     moe::{Moe, MoeOutput},
     norm::RmsNorm,
+    projection::Arithmetic,
     rope::RopeTables,
 };
 
@@ -65,6 +66,15 @@ impl DecoderLayer {
             } else {
                 FeedForward::Moe(Moe::new(config, mlp))
             },
+        }
+    }
+
+    /// Sets how products with weights are computed.
+    pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        self.self_attn.set_arithmetic(arithmetic);
+        match &mut self.mlp {
+            FeedForward::Dense(mlp) => mlp.set_arithmetic(arithmetic),
+            FeedForward::Moe(moe) => moe.set_arithmetic(arithmetic),
         }
     }
 

@@ -20,5 +20,6 @@ pub mod moe;
 pub mod mtp;
 pub mod norm;
 pub mod parameters;
+pub mod projection;
 pub mod rope;
 pub mod transformer;

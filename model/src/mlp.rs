@@ -1,28 +1,31 @@
 //! The dense feed-forward part, also the form of the shared experts.
 
-use burn::{module::Module, nn::Linear, tensor::Tensor};
+use burn::{module::Module, tensor::Tensor};
 use deepburn_kernels::swiglu::swiglu;
 
-use crate::init::Initializer;
+use crate::{
+    init::Initializer,
+    projection::{Arithmetic, Projection},
+};
 
 /// SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`.
 #[derive(Module, Debug)]
 pub struct Mlp {
     /// `[D, F]`
-    pub gate_proj: Linear,
+    pub gate_proj: Projection,
     /// `[D, F]`
-    pub up_proj: Linear,
+    pub up_proj: Projection,
     /// `[F, D]`
-    pub down_proj: Linear,
+    pub down_proj: Projection,
 }
 
 impl Mlp {
     /// A feed-forward part of the given width.
     pub fn new(hidden: usize, width: usize, init: Initializer) -> Self {
         Self {
-            gate_proj: linear(hidden, width, init.child("gate_proj")),
-            up_proj: linear(hidden, width, init.child("up_proj")),
-            down_proj: linear(width, hidden, init.child("down_proj")),
+            gate_proj: Projection::new(hidden, width, init.child("gate_proj")),
+            up_proj: Projection::new(hidden, width, init.child("up_proj")),
+            down_proj: Projection::new(width, hidden, init.child("down_proj")),
         }
     }
 
@@ -36,12 +39,11 @@ impl Mlp {
             self.up_proj.forward(x),
         ))
     }
-}
 
-/// A projection without bias, stored `[in, out]`: the transpose of PyTorch's layout, which rows multiply faster.
-pub(crate) fn linear(inputs: usize, outputs: usize, init: Initializer) -> Linear {
-    Linear {
-        weight: init.normal("weight", [inputs, outputs]),
-        bias: None,
+    /// Sets how products are computed.
+    pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        for projection in [&mut self.gate_proj, &mut self.up_proj, &mut self.down_proj] {
+            projection.arithmetic = arithmetic;
+        }
     }
 }

@@ -29,6 +29,25 @@ impl MappedFile {
         Ok(Self { map: Some(map) })
     }
 
+    /// Gives the memory of a part of the contents back, which will be read from the file again if it is needed again.
+    /// Does nothing if `part` is no part of them.
+    pub fn release(&self, part: &[u8]) {
+        let contents = self.bytes().as_ptr_range();
+        let (bounds, map) = (part.as_ptr_range(), self.map.as_ref());
+        if let Some(map) = map
+            && contents.start <= bounds.start
+            && bounds.end <= contents.end
+        {
+            let offset = bounds.start.addr() - contents.start.addr();
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            #[allow(unsafe_code, reason = "the advice loses what was written to a mapping")]
+            // SAFETY: nothing is written to this mapping, so that pages come back with the same contents.
+            let released = unsafe { map.unchecked_advise_range(advice, offset, part.len()) };
+            // Advice that is not taken costs memory and nothing else.
+            let _ = released;
+        }
+    }
+
     /// The contents.
     pub fn bytes(&self) -> &[u8] {
         self.map.as_deref().unwrap_or_default()
@@ -45,6 +64,10 @@ mod tests {
         let path = dir.path().join("x");
         std::fs::write(&path, b"abc").unwrap();
         assert_eq!(MappedFile::open(&path).unwrap().bytes(), b"abc");
+        let file = MappedFile::open(&path).unwrap();
+        file.release(&file.bytes()[1..]);
+        file.release(b"elsewhere");
+        assert_eq!(file.bytes(), b"abc");
         std::fs::write(&path, b"").unwrap();
         assert_eq!(MappedFile::open(&path).unwrap().bytes(), b"");
         assert!(MappedFile::open(&dir.path().join("missing")).is_err());

@@ -1,14 +1,14 @@
 //! Multi-token prediction (report section 2.2): modules that predict further tokens, each from the one before.
 
-use burn::{module::Module, nn::Linear, tensor::Tensor};
+use burn::{module::Module, tensor::Tensor};
 
 use crate::{
     attention::AttentionMask,
     config::ModelConfig,
     init::Initializer,
     layer::{DecoderLayer, LayerOutput},
-    mlp::linear,
     norm::RmsNorm,
+    projection::Projection,
     rope::RopeTables,
 };
 
@@ -21,7 +21,7 @@ pub struct MtpModule {
     pub hnorm: RmsNorm,
     /// M_k, `[2 D, D]`. Its first half of inputs is the embedding: the released weights have it so, while
     /// equation 21 writes the representation first.
-    pub eh_proj: Linear,
+    pub eh_proj: Projection,
     /// TRM_k.
     pub block: DecoderLayer,
     /// What comes before the shared output head.
@@ -55,7 +55,7 @@ impl MtpModule {
         Self {
             enorm: norm(init.child("enorm")),
             hnorm: norm(init.child("hnorm")),
-            eh_proj: linear(2 * hidden, hidden, init.child("eh_proj")),
+            eh_proj: Projection::new(2 * hidden, hidden, init.child("eh_proj")),
             block: DecoderLayer::new(config, dense, init.child("block")),
             shared_head: SharedHead {
                 norm: norm(init.child("shared_head.norm")),

@@ -8,7 +8,7 @@
 
 use burn::{
     module::Module,
-    nn::{Embedding, Linear},
+    nn::Embedding,
     tensor::{Device, Int, Tensor},
 };
 
@@ -17,10 +17,10 @@ use crate::{
     config::ModelConfig,
     init::Initializer,
     layer::{DecoderLayer, LayerOutput},
-    mlp::linear,
     moe::MoeOutput,
     mtp::{MtpModule, MtpOutput},
     norm::RmsNorm,
+    projection::{Arithmetic, Projection},
     rope::Rope,
 };
 
@@ -34,7 +34,7 @@ pub struct Transformer {
     /// After the last layer.
     pub norm: RmsNorm,
     /// Output head, `[D, W]`; `None` where it shares the embedding matrix.
-    pub lm_head: Option<Linear>,
+    pub lm_head: Option<Projection>,
     /// Multi-token prediction modules, one per depth.
     pub mtp: Vec<MtpModule>,
     #[module(skip)]
@@ -68,12 +68,22 @@ impl Transformer {
                 .collect(),
             norm: RmsNorm::new(hidden, config.rms_norm_eps, init.child("norm")),
             lm_head: (!config.tie_word_embeddings)
-                .then(|| linear(hidden, vocabulary, init.child("lm_head"))),
+                .then(|| Projection::new(hidden, vocabulary, init.child("lm_head"))),
             mtp: (0..config.num_nextn_predict_layers)
                 .map(|depth| MtpModule::new(config, mtp.child(depth)))
                 .collect(),
             rope: Rope::new(config),
         }
+    }
+
+    /// The same model with the products of its layers computed in another way.
+    #[must_use]
+    pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
+        let further = self.mtp.iter_mut().map(|module| &mut module.block);
+        for layer in self.layers.iter_mut().chain(further) {
+            layer.set_arithmetic(arithmetic);
+        }
+        self
     }
 
     /// Runs the main model over whole sequences.

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use burn::tensor::Tensor;
+use safetensors::Dtype;
 
 use super::{
     reference::ReferenceFile,
@@ -85,6 +86,51 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
+    /// Compares codes of one byte each.
+    ///
+    /// # Errors
+    /// A reference of another shape or type.
+    pub(super) fn codes(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[usize],
+        found: &[u8],
+    ) -> anyhow::Result<()> {
+        if self.file.has(name) {
+            let expected = self.file.codes(name, dtype, shape)?;
+            let differences = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            let place = (self.file.name(), name);
+            self.report.differences(place, shape, differences);
+            self.report.keep_codes(place, dtype, shape, found);
+            self.seen.insert(name.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Compares floats that are rounded in one way only. What is no number equals what is no number.
+    ///
+    /// # Errors
+    /// A reference of another shape or type.
+    pub(super) fn exact(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        found: &[f32],
+    ) -> anyhow::Result<()> {
+        if self.file.has(name) {
+            let expected = self.file.floats(name, shape)?;
+            let equal = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+            let pairs = found.iter().zip(&expected);
+            let differences = pairs.filter(|&(&a, &b)| !equal(a, b)).count();
+            let place = (self.file.name(), name);
+            self.report.differences(place, shape, differences);
+            self.report.keep_floats(place, shape, found);
+            self.seen.insert(name.to_owned());
+        }
+        Ok(())
+    }
+
     /// Adds a row about several tensors together.
     pub(super) fn together(&mut self, name: &str, errors: Errors, bound: Bound) {
         self.report
@@ -115,7 +161,7 @@ impl<'a> Comparison<'a> {
 
 /// What other choices would give, and arithmetic of low precision, which may choose other experts.
 fn is_informative(name: &str) -> bool {
-    name.starts_with("variant.") || name == "logits_bf16_compute" || name.starts_with("logits_w8a8")
+    name.starts_with("variant.") || name == "logits_bf16_compute"
 }
 
 /// The elements of a tensor.

@@ -3,14 +3,14 @@
 use burn::tensor::{Int, Tensor};
 use deepburn_model::{
     attention::AttentionMask, config::ModelConfig, layer::DecoderLayer, loss::cross_entropy,
-    moe::Routing, rope::RopeTables, transformer::Transformer,
+    moe::Routing, projection::Arithmetic, rope::RopeTables, transformer::Transformer,
 };
 
 use super::{
     Subject,
     attention_probs::probabilities,
     comparison::{Comparison, values},
-    mtp,
+    fp8, mtp,
     reference::ReferenceFile,
     report::Report,
     tolerance::{self, Bound},
@@ -31,6 +31,7 @@ pub(super) fn verify(subject: &Subject, report: &mut Report) -> anyhow::Result<(
     constants(&model, &mut comparison)?;
     layers(&model, config, subject.results, &tokens, &mut comparison)?;
     whole(&model, subject.results, &tokens, &mut comparison)?;
+    quantized(subject, &model, &tokens, &mut comparison)?;
     if model.mtp.len() == 1 && tokens.dims()[1] >= mtp::SHORTEST {
         mtp::forward(&model, subject.results, &tokens, &mut comparison)?;
     }
@@ -49,6 +50,25 @@ fn constants(model: &Transformer, comparison: &mut Comparison) -> anyhow::Result
     ];
     for (name, value) in scalars {
         comparison.floats(name, &[], &[value as f32], bound)?;
+    }
+    Ok(())
+}
+
+/// The model with the products of its layers in FP8.
+fn quantized(
+    subject: &Subject,
+    model: &Transformer,
+    tokens: &Tensor<2, Int>,
+    comparison: &mut Comparison,
+) -> anyhow::Result<()> {
+    let mask = AttentionMask::causal(tokens.dims()[1], &subject.device);
+    for (format, suffix) in fp8::FORMATS {
+        let name = format!("logits_w8a8{suffix}");
+        if comparison.file.has(&name) {
+            let model = model.clone().with_arithmetic(Arithmetic::Fp8(format));
+            let hidden = model.forward(tokens.clone(), &mask).hidden;
+            comparison.tensor(&name, model.logits(hidden), tolerance::RESULTS_W8A8)?;
+        }
     }
     Ok(())
 }

@@ -5,11 +5,14 @@
 mod attention_probs;
 mod comparison;
 mod forward;
+mod fp8;
 mod generation;
 mod gradients;
 mod mtp;
 mod reference;
 mod report;
+mod schedule_file;
+mod schedules;
 mod tokenizer;
 mod tolerance;
 mod training;
@@ -66,11 +69,12 @@ const CHECKPOINT: [&str; 11] = [
 /// Recompute the reference results that lie beside a checkpoint, and compare them.
 ///
 /// Reads reference.safetensors (forward pass), reference_generate.safetensors, reference_grads.safetensors,
-/// reference_mtp_grads.safetensors, reference_train.safetensors with final_params.safetensors, and
-/// tokenizer_cases.json; those that are not there are left out.
+/// reference_mtp_grads.safetensors, reference_train.safetensors with final_params.safetensors,
+/// and tokenizer_cases.json; those that are not there are left out. FP8 arithmetic (fp8_linear*.safetensors) and
+/// pipeline schedules (dualpipe*.json) need no checkpoint.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of a Hugging Face checkpoint with reference files
+    /// Folder with reference files, and the Hugging Face checkpoint that they are about
     dir: PathBuf,
 
     /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N
@@ -90,6 +94,15 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut report = Report::new(args.dump.is_some());
     let known = references(&args.dir, &mut report)?;
+    // What needs no checkpoint.
+    let [schedules, known] = partition(known, schedules::is_schedule);
+    for name in &schedules {
+        schedules::verify(&args.dir, name, &mut report)?;
+    }
+    let [products, known] = partition(known, fp8::is_fp8);
+    for name in &products {
+        fp8::verify(&args.dir, name, &args.device.open()?, &mut report)?;
+    }
     if !known.is_empty() {
         let subject = Subject::open(&args.dir, &args.device)?;
         verify(&subject, &known, &mut report)?;
@@ -107,7 +120,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let _ = print_now(&text).context("cannot write to standard output")?;
     if report.is_empty() {
         eprintln!(
-            "error: {}: nothing to verify: no result in any of {}",
+            "error: {}: nothing to verify: no result in any of {}, dualpipe*.json",
             args.dir.display(),
             KNOWN.join(", ")
         );
@@ -203,15 +216,26 @@ fn references(dir: &Path, report: &mut Report) -> anyhow::Result<BTreeSet<String
             report.skip(name, tensors, "a file that is not known");
         }
     }
-    names.retain(|name| KNOWN.contains(&name.as_str()));
+    names.retain(|name| is_known(name));
     Ok(names)
+}
+
+/// The names that are of one kind, and the others.
+fn partition(names: BTreeSet<String>, kind: fn(&str) -> bool) -> [BTreeSet<String>; 2] {
+    let (these, others) = names.into_iter().partition(|name| kind(name));
+    [these, others]
+}
+
+/// Whether a file is a reference of a known kind.
+fn is_known(name: &str) -> bool {
+    KNOWN.contains(&name) || fp8::is_fp8(name) || schedules::is_schedule(name)
 }
 
 /// Whether a file looks like references, but of no kind that is known.
 fn is_unknown(name: &str) -> bool {
     let is_data = name.ends_with(".safetensors") || name.ends_with(".json");
     let is_shard = name.starts_with("model-") && name.ends_with(".safetensors");
-    is_data && !is_shard && !KNOWN.contains(&name) && !CHECKPOINT.contains(&name)
+    is_data && !is_shard && !is_known(name) && !CHECKPOINT.contains(&name)
 }
 
 #[cfg(test)]
@@ -225,7 +249,9 @@ mod tests {
         }
         assert!(!is_unknown("model-00001-of-00003.safetensors"));
         assert!(!is_unknown("README.md"));
-        for name in ["fp8_linear.safetensors", "dualpipe_pp4_m8.json"] {
+        assert!(is_known("fp8_linear_codec.safetensors"));
+        assert!(is_known("dualpipe_pp4_m8.json"));
+        for name in ["fp8.safetensors", "fp8_linear.json", "pipe.json"] {
             assert!(is_unknown(name), "{name}");
         }
     }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use deepburn_model::mmap::MappedFile;
 use safetensors::{Dtype, SafeTensors};
@@ -81,6 +81,26 @@ impl ReferenceFile {
         let bytes = self.bytes(name, Dtype::I64, shape)?;
         let (words, _) = bytes.as_chunks::<8>();
         Ok(words.iter().map(|word| i64::from_le_bytes(*word)).collect())
+    }
+
+    /// The bytes of a tensor of this type and shape, one per element.
+    pub(super) fn codes(
+        &self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[usize],
+    ) -> anyhow::Result<Vec<u8>> {
+        Ok(self.bytes(name, dtype, shape)?.to_vec())
+    }
+
+    /// The error that a tensor is not what it should be.
+    pub(super) fn malformed(&self, name: &str, expected: &str) -> anyhow::Error {
+        let (path, found) = (self.path.display(), self.tensors.get(name));
+        let found = found.map(|stored| format!("{} {:?}", stored.dtype, stored.shape));
+        anyhow!(
+            "{path}: {name}: expected {expected}, found {}",
+            found.as_deref().unwrap_or("none")
+        )
     }
 
     /// Sequences of at least `least` tokens below `vocabulary`, `[B, T]`.

@@ -177,6 +177,17 @@ impl Report {
         });
     }
 
+    /// Holds computed codes for [`Report::dump`].
+    pub(super) fn keep_codes(
+        &mut self,
+        place: (&str, &str),
+        dtype: Dtype,
+        shape: &[usize],
+        codes: &[u8],
+    ) {
+        self.keep(place, dtype, shape, || codes.to_vec());
+    }
+
     fn keep(
         &mut self,
         (file, name): (&str, &str),

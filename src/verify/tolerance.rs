@@ -19,6 +19,10 @@ pub(super) enum Bound {
 pub(super) const RESULTS: Bound = Bound::Max(2e-5);
 /// The same where positions are extended or weights are block-quantised: the reference's own noise is larger.
 pub(super) const RESULTS_WIDE: Bound = Bound::Max(5e-5);
+/// Logits of a model that computes in FP8: a code that rounds the other way may send a token to another expert, so that
+/// single logits are off by as much as 1.5e-3 between two ways of summing; their mean is off by 1.1e-5 at most, while
+/// another rounding moves it by 0.14.
+pub(super) const RESULTS_W8A8: Bound = Bound::Mean(1e-3);
 /// Weights of the chosen experts: sigmoids of router logits, normalised, so closer than these.
 pub(super) const WEIGHTS: Bound = Bound::Max(1e-5);
 /// Frequencies and scales come from a few operations on constants: some units of 6e-8. A wrong ramp or exponent
@@ -40,6 +44,11 @@ pub(super) const BIAS: Bound = Bound::Max(1e-6);
 pub(super) const BALANCE: Bound = Bound::Relative(1e-5);
 /// Its gradients are 1e-7 and less.
 pub(super) const BALANCE_GRADIENT: Bound = Bound::Max(1e-10);
+
+/// An element of a matrix product whose largest element is `largest`: sums of hundreds of products in another order.
+pub(super) fn product(largest: f32) -> Bound {
+    Bound::Max(1e-5 * f64::from(largest))
+}
 
 /// A loss that is not divided by the number of its targets: off by as many times its mean's error.
 pub(super) fn loss_sum(targets: usize) -> Bound {

@@ -7,7 +7,7 @@ The checkpoint is loaded in float32 with eager attention. Multi-token-prediction
 causal model does not have, are the only weights that may be left over; none may be missing.
 
 Exit code 0: every logit within the tolerance. 1: a difference, or a checkpoint that does not match the model.
-Needs torch, transformers (5.23.0 made the reference cases) and safetensors.
+Needs torch, transformers (5.23.0 made the reference cases) and safetensors; for FP8 weights accelerate too.
 """
 
 import argparse
@@ -29,8 +29,11 @@ TOLERANCE = 2e-5
 
 def load_model(directory):
     """The model, and what is wrong with its checkpoint."""
+    # FP8 weights are dequantised: without a GPU transformers cannot multiply them.
+    quantized = "quantization_config" in json.loads((directory / "config.json").read_text())
+    dequantize = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if quantized else {}
     model, info = transformers.DeepseekV3ForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **dequantize
     )
     first = model.config.num_hidden_layers
     layers = range(first, first + (getattr(model.config, "num_nextn_predict_layers", 0) or 0))
@@ -43,7 +46,7 @@ def load_model(directory):
     problems += [f"unexpected weight: {n}" for n in sorted(info["unexpected_keys"]) if not is_mtp(n)]
     problems += [f"weight of another shape: {m}" for m in sorted(map(str, info["mismatched_keys"]))]
     problems += [f"loading: {message}" for message in info.get("error_msgs") or []]
-    return model.eval(), problems
+    return model.float().eval(), problems
 
 
 def load_logits(path, vocab_size):

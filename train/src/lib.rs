@@ -7,6 +7,7 @@ pub mod learner;
 pub mod loader;
 pub mod metrics;
 pub mod optimizer;
+pub mod pipeline;
 pub mod report;
 pub mod run;
 pub mod schedule;

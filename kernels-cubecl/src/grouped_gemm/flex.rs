@@ -24,7 +24,7 @@ impl GroupedGemmOps for Flex {
         let (x, weights, segments) = (contiguous(x), contiguous(weights), segments(&counts));
         with_scalar!(x, T => {
             let weight = |e| Matrix::of(&elements::<T>(&weights)[e * k * n..], k, n);
-            float_tensor(by_segment(elements::<T>(&x), (k, n), &segments, weight), [rows, n])
+            float_tensor(by_segment(elements::<T>(&x), [rows, k, n], &segments, weight), [rows, n])
         })
     }
 }
@@ -39,7 +39,7 @@ impl GroupedGemmGrad for Flex {
         let (grad, weights, segments) = (contiguous(grad), contiguous(weights), segments(&counts));
         with_scalar!(grad, T => {
             let weight = |e| Matrix::of(&elements::<T>(&weights)[e * k * n..], k, n).transposed();
-            float_tensor(by_segment(elements::<T>(&grad), (n, k), &segments, weight), [rows, k])
+            float_tensor(by_segment(elements::<T>(&grad), [rows, n, k], &segments, weight), [rows, k])
         })
     }
 
@@ -63,14 +63,13 @@ impl GroupedGemmGrad for Flex {
     }
 }
 
-/// `y_e = x_e M_e` for every segment, where `weight(e)` is `M_e`, `inner` by `width`.
+/// `y_e = x_e M_e` for every segment, where `weight(e)` is `M_e`, `inner` by `width`; zero behind the last.
 fn by_segment<'a, T: Scalar>(
     x: &[T],
-    (inner, width): (usize, usize),
+    [rows, inner, width]: [usize; 3],
     segments: &[Range<usize>],
     weight: impl Fn(usize) -> Matrix<'a, T> + Sync,
 ) -> Vec<T> {
-    let rows = segments.last().map_or(0, |last| last.end);
     let mut out = vec![T::ZERO; rows * width];
     let mut tasks = Vec::with_capacity(segments.len());
     let mut rest = out.as_mut_slice();

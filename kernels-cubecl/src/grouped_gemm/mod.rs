@@ -2,7 +2,13 @@
 
 mod backward;
 mod flex;
-mod reference;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod kernel;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod launch;
+pub(crate) mod reference;
+#[cfg(test)]
+mod tests;
 
 use burn::{
     backend::{
@@ -14,15 +20,16 @@ use burn::{
 
 /// Multiplies segment `e` of the rows of `x` with matrix `e` of `weights`: `y_e = x_e W_e`.
 ///
-/// Segments follow each other in order of `e`, `counts[e]` rows each; empty segments are allowed. Native on Flex
-/// for f32 and f64; the reference reads `counts` on the host.
+/// Segments follow each other in order of `e`, `counts[e]` rows each; empty segments are allowed. Rows behind the last
+/// segment are of no matrix: zero in the result. Native on Flex for f32 and f64, and on CubeCL devices for f32, f16 and
+/// bf16 with sums in single precision, where `counts` stay on the device; the reference reads them on the host.
 ///
 /// # Shapes
-/// - `x`: `[S, K]`, `weights`: `[E, K, N]`, `counts`: `[E]` with sum S
+/// - `x`: `[S, K]`, `weights`: `[E, K, N]`, `counts`: `[E]` with a sum of at most S
 /// - result: `[S, N]`
 ///
 /// # Panics
-/// If sizes do not fit each other.
+/// If sizes do not fit each other, or types.
 pub fn grouped_matmul(x: Tensor<2>, weights: Tensor<3>, counts: Tensor<1, Int>) -> Tensor<2> {
     let ([_, k], [experts, inner, _], [segments]) = (x.dims(), weights.dims(), counts.dims());
     assert!(
@@ -32,7 +39,15 @@ pub fn grouped_matmul(x: Tensor<2>, weights: Tensor<3>, counts: Tensor<1, Int>) 
         weights.dims(),
         counts.dims()
     );
-    if crate::flex::is_native(&x.device(), x.dtype()) {
+    assert!(
+        x.dtype() == weights.dtype(),
+        "x in {:?} with weights in {:?}",
+        x.dtype(),
+        weights.dtype()
+    );
+    let (device, dtype) = (x.device(), x.dtype());
+    let on_cube = experts <= MOST_EXPERTS && crate::cube::is_native(&device, dtype);
+    if on_cube || crate::flex::is_native(&device, dtype) {
         Tensor::from_dispatch(Dispatch::segment_matmul(
             x.into_dispatch(),
             weights.into_dispatch(),
@@ -43,7 +58,11 @@ pub fn grouped_matmul(x: Tensor<2>, weights: Tensor<3>, counts: Tensor<1, Int>) 
     }
 }
 
-#[backend_extension(Flex, Autodiff)]
+/// What the kernels for CubeCL devices serve: the sizes of all segments are in shared memory, of which every device has
+/// 16 KiB.
+const MOST_EXPERTS: usize = 4096;
+
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
 pub(crate) trait GroupedGemmOps: burn::backend::Backend {
     fn segment_matmul(
         x: FloatTensor<Self>,
@@ -67,47 +86,4 @@ pub(crate) trait GroupedGemmGrad: burn::backend::Backend {
         grad: FloatTensor<Self>,
         counts: IntTensor<Self>,
     ) -> FloatTensor<Self>;
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::tensor::{Device, Distribution, TensorData, Tolerance};
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(32))]
-        /// The native version and its hand-written backward against the reference and Burn's autodiff.
-        #[test]
-        fn native_agrees_with_reference(
-            counts in prop::collection::vec(prop_oneof![Just(0i32), 1i32..40], 1..6),
-            k in 1usize..40,
-            n in 1usize..40,
-        ) {
-            let device = Device::flex().autodiff();
-            let rows = counts.iter().sum::<i32>() as usize;
-            prop_assume!(rows > 0);
-            let experts = counts.len();
-            let x = Tensor::<2>::random([rows, k], Distribution::Default, &device).require_grad();
-            let w = Tensor::<3>::random([experts, k, n], Distribution::Default, &device).require_grad();
-            let mask = Tensor::<2>::random([rows, n], Distribution::Default, &device);
-            let counts = Tensor::<1, Int>::from_data(TensorData::new(counts, [experts]), &device);
-            let run = |native: bool| {
-                let y = if native {
-                    grouped_matmul(x.clone(), w.clone(), counts.clone())
-                } else {
-                    reference::grouped_matmul(x.clone(), w.clone(), counts.clone())
-                };
-                let grads = (y.clone() * mask.clone()).sum().backward();
-                (y.into_data(), x.grad(&grads).unwrap().into_data(), w.grad(&grads).unwrap().into_data())
-            };
-            let (native, reference) = (run(true), run(false));
-            // Sums of at most 200 products of numbers below one, in f32.
-            let close = Tolerance::<f32>::absolute(1e-4);
-            native.0.assert_approx_eq(&reference.0, close);
-            native.1.assert_approx_eq(&reference.1, close);
-            native.2.assert_approx_eq(&reference.2, close);
-        }
-    }
 }

@@ -10,7 +10,7 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 
-use super::{PermuteGrad, PermuteOps};
+use super::{PermuteGrad, PermuteOps, Sorted};
 
 #[derive(Debug)]
 struct PermuteRows;
@@ -51,8 +51,9 @@ impl<B: PermuteOps + PermuteGrad, C: CheckpointStrategy> PermuteOps for Autodiff
     fn sort_by_expert(
         chosen: IntTensor<Self>,
         experts: usize,
-    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
-        B::sort_by_expert(chosen, experts)
+        tile: usize,
+    ) -> Sorted<IntTensor<Self>> {
+        B::sort_by_expert(chosen, experts, tile)
     }
 
     fn permute_rows(

@@ -6,7 +6,7 @@ use burn::backend::{
 };
 use rayon::prelude::*;
 
-use super::{PermuteGrad, PermuteOps};
+use super::{PermuteGrad, PermuteOps, Sorted, padded_rows};
 use crate::flex::{
     FlexFloat, Scalar, contiguous, dims, elements, float_tensor, indices, int_tensor, with_scalar,
 };
@@ -15,32 +15,40 @@ impl PermuteOps for Flex {
     fn sort_by_expert(
         chosen: IntTensor<Self>,
         experts: usize,
-    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        tile: usize,
+    ) -> Sorted<IntTensor<Self>> {
         let chosen = indices(&chosen);
+        let pairs = chosen.len();
         let mut counts = vec![0i32; experts];
         for &expert in &chosen {
             counts[expert] += 1;
         }
-        let mut next: Vec<i32> = counts
+        let rows: Vec<i32> = counts
             .iter()
-            .scan(0, |offset, count| {
+            .map(|&count| (count as usize).next_multiple_of(tile) as i32)
+            .collect();
+        let mut next: Vec<i32> = rows
+            .iter()
+            .scan(0, |offset, rows| {
                 let start = *offset;
-                *offset += count;
+                *offset += rows;
                 Some(start)
             })
             .collect();
-        let mut order = vec![0i32; chosen.len()];
-        let mut slots = Vec::with_capacity(chosen.len());
+        // What no pair is written to pads a segment.
+        let mut order = vec![pairs as i32; padded_rows(pairs, experts, tile)];
+        let mut slots = Vec::with_capacity(pairs);
         for (pair, &expert) in chosen.iter().enumerate() {
             order[next[expert] as usize] = pair as i32;
             slots.push(next[expert]);
             next[expert] += 1;
         }
-        let pairs = chosen.len();
+        let all = order.len();
         (
-            int_tensor(order, [pairs]),
+            int_tensor(order, [all]),
             int_tensor(slots, [pairs]),
             int_tensor(counts, [experts]),
+            int_tensor(rows, [experts]),
         )
     }
 
@@ -49,10 +57,12 @@ impl PermuteOps for Flex {
         order: IntTensor<Self>,
         slots: IntTensor<Self>,
     ) -> FloatTensor<Self> {
-        let [_, k] = dims(&slots);
+        let [tokens, k] = dims(&slots);
         let (x, order) = (contiguous(x), indices(&order));
         with_scalar!(x, T => fill_rows(&x, order.len(), |values: &[T], width, row, out| {
-            out.copy_from_slice(row_of(values, width, order[row] / k));
+            if order[row] < tokens * k {
+                out.copy_from_slice(row_of(values, width, order[row] / k));
+            }
         }))
     }
 
@@ -101,7 +111,9 @@ impl PermuteGrad for Flex {
             let (y, weights) = (elements::<T>(&y), elements::<T>(&weights));
             let grad_y = fill_rows(&grad, order.len(), |values: &[T], width, row, out| {
                 let pair = order[row];
-                add_scaled(out, row_of(values, width, pair / k), weights[pair]);
+                if pair < weights.len() {
+                    add_scaled(out, row_of(values, width, pair / k), weights[pair]);
+                }
             });
             let grad = elements::<T>(&grad);
             let mut grad_weights = vec![T::ZERO; tokens * k];

@@ -2,7 +2,13 @@
 
 mod backward;
 mod flex;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod kernel;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod launch;
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use burn::{
     backend::{
@@ -17,35 +23,48 @@ use burn::{
 /// Pairs of the same expert keep their order, so results do not depend on the device.
 #[derive(Clone, Debug)]
 pub struct Permutation {
-    /// The pair `token * K + choice` at each row in expert order. `[S]`, S = T K.
+    /// The pair `token * K + choice` at each row in expert order; `T * K`, which is none, at rows that only pad a
+    /// segment and behind the last one. `[R]`, R = T K without padding.
     pub order: Tensor<1, Int>,
     /// The row in expert order of each pair; the inverse of `order`. `[T, K]`
     pub slots: Tensor<2, Int>,
-    /// Rows of each expert, its load. `[E]`
+    /// Pairs of each expert, its load. `[E]`
     pub counts: Tensor<1, Int>,
+    /// Rows of each expert's segment, its load rounded up to a multiple of the tile. `[E]`
+    pub rows: Tensor<1, Int>,
 }
 
 impl Permutation {
-    /// Sorts pairs by expert. Native on Flex.
+    /// Sorts pairs by expert. Native on Flex and on CubeCL devices, where the host reads nothing.
     ///
     /// # Shapes
     /// - `chosen`: `[T, K]`, expert indices below `experts`
     pub fn by_expert(chosen: Tensor<2, Int>, experts: usize) -> Self {
-        let dims = chosen.dims();
-        let (order, slots, counts) = if crate::flex::is_flex(&chosen.device()) {
-            let (order, slots, counts) = Dispatch::sort_by_expert(chosen.into_dispatch(), experts);
-            (
-                Tensor::from_dispatch(order),
-                Tensor::<1, Int>::from_dispatch(slots),
-                Tensor::from_dispatch(counts),
-            )
-        } else {
-            reference::sort_by_expert(chosen, experts)
-        };
+        Self::by_expert_padded(chosen, experts, 1)
+    }
+
+    /// As [`by_expert`](Self::by_expert), with every expert's segment padded to a multiple of `tile` rows. There are as
+    /// many rows as the worst load needs, because the host does not know the load.
+    ///
+    /// # Shapes
+    /// - `chosen`: `[T, K]`, expert indices below `experts`
+    ///
+    /// # Panics
+    /// If `tile` is zero.
+    pub fn by_expert_padded(chosen: Tensor<2, Int>, experts: usize, tile: usize) -> Self {
+        assert!(tile > 0, "segments are padded to a multiple of zero");
+        let (dims, device) = (chosen.dims(), chosen.device());
+        let on_cube = experts <= MOST_EXPERTS && crate::cube::is_cube(&device);
+        if !on_cube && !crate::flex::is_flex(&device) {
+            return reference::sort_by_expert(chosen, experts, tile);
+        }
+        let (order, slots, counts, rows) =
+            Dispatch::sort_by_expert(chosen.into_dispatch(), experts, tile);
         Self {
-            order,
-            slots: slots.reshape(dims),
-            counts,
+            order: Tensor::from_dispatch(order),
+            slots: Tensor::<1, Int>::from_dispatch(slots).reshape(dims),
+            counts: Tensor::from_dispatch(counts),
+            rows: Tensor::from_dispatch(rows),
         }
     }
 
@@ -53,15 +72,38 @@ impl Permutation {
     pub fn dims(&self) -> [usize; 2] {
         self.slots.dims()
     }
+
+    fn is_padded(&self) -> bool {
+        let ([all], [tokens, k]) = (self.order.dims(), self.dims());
+        all > tokens * k
+    }
 }
 
-/// Copies each token's row to its places in expert order. Native on Flex for f32 and f64.
+/// The rows that `pairs` need in the worst case: all experts that can have a pair lack `tile - 1` rows.
+fn padded_rows(pairs: usize, experts: usize, tile: usize) -> usize {
+    (pairs + experts.min(pairs) * (tile - 1)) / tile * tile
+}
+
+/// What the sort on CubeCL devices serves: the sizes of all segments are in shared memory, of which every device has
+/// 16 KiB.
+const MOST_EXPERTS: usize = 4096;
+
+/// Copies each token's row to its places in expert order; rows that pad are zero. Native on Flex for f32 and f64, on
+/// CubeCL devices for f32, f16 and bf16.
 ///
 /// # Shapes
 /// - `x`: `[T, D]`
-/// - result: `[S, D]`
+/// - result: `[R, D]`
+///
+/// # Panics
+/// If `x` does not have the permutation's number of tokens.
 pub fn permute(x: Tensor<2>, permutation: &Permutation) -> Tensor<2> {
-    if crate::flex::is_native(&x.device(), x.dtype()) {
+    let ([tokens, _], [expected, _]) = (x.dims(), permutation.dims());
+    assert!(
+        tokens == expected,
+        "{tokens} tokens for a permutation of {expected}"
+    );
+    if is_native(&x) {
         Tensor::from_dispatch(Dispatch::permute_rows(
             x.into_dispatch(),
             permutation.order.clone().into_dispatch(),
@@ -72,15 +114,31 @@ pub fn permute(x: Tensor<2>, permutation: &Permutation) -> Tensor<2> {
     }
 }
 
-/// Sums each token's rows back from expert order, weighted: the inverse movement of [`permute`].
-/// Native on Flex for f32 and f64.
+/// Sums each token's rows back from expert order, weighted: the inverse movement of [`permute`]. Rows that pad are
+/// ignored. Native as `permute`; half types are summed in single precision there.
 ///
 /// # Shapes
-/// - `y`: `[S, D]`
+/// - `y`: `[R, D]`
 /// - `weights`: `[T, K]`
 /// - result: `[T, D]`
+///
+/// # Panics
+/// If sizes do not fit the permutation, or types each other.
 pub fn combine(y: Tensor<2>, weights: Tensor<2>, permutation: &Permutation) -> Tensor<2> {
-    if crate::flex::is_native(&y.device(), y.dtype()) {
+    let ([rows, _], [expected]) = (y.dims(), permutation.order.dims());
+    assert!(
+        rows == expected && weights.dims() == permutation.dims(),
+        "{rows} rows and weights {:?} for a permutation of {expected} and {:?}",
+        weights.dims(),
+        permutation.dims()
+    );
+    assert!(
+        y.dtype() == weights.dtype(),
+        "rows in {:?} with weights in {:?}",
+        y.dtype(),
+        weights.dtype()
+    );
+    if is_native(&y) {
         Tensor::from_dispatch(Dispatch::combine_rows(
             y.into_dispatch(),
             weights.into_dispatch(),
@@ -92,12 +150,26 @@ pub fn combine(y: Tensor<2>, weights: Tensor<2>, permutation: &Permutation) -> T
     }
 }
 
-#[backend_extension(Flex, Autodiff)]
+fn is_native(rows: &Tensor<2>) -> bool {
+    let (device, dtype) = (rows.device(), rows.dtype());
+    crate::flex::is_native(&device, dtype) || crate::cube::is_native(&device, dtype)
+}
+
+/// `order`, `slots`, `counts` and `rows` of a [`Permutation`], all of one dimension.
+pub(crate) type Sorted<I> = (I, I, I, I);
+
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
 pub(crate) trait PermuteOps: burn::backend::Backend {
     fn sort_by_expert(
         chosen: IntTensor<Self>,
         experts: usize,
-    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>);
+        tile: usize,
+    ) -> (
+        IntTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    );
 
     fn permute_rows(
         x: FloatTensor<Self>,
@@ -126,74 +198,4 @@ pub(crate) trait PermuteGrad: burn::backend::Backend {
         order: IntTensor<Self>,
         slots: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::tensor::{Device, Distribution, TensorData, Tolerance};
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn chosen(values: &[i32], k: usize) -> Tensor<2, Int> {
-        Tensor::from_data(
-            TensorData::new(values.to_vec(), [values.len() / k, k]),
-            &Device::flex().autodiff(),
-        )
-    }
-
-    fn list<const D: usize>(tensor: Tensor<D, Int>) -> Vec<i32> {
-        tensor.into_data().iter::<i32>().collect()
-    }
-
-    #[test]
-    fn sorts_pairs_by_expert_and_keeps_their_order() {
-        let permutation = Permutation::by_expert(chosen(&[2, 0, 0, 2, 3, 2], 2), 5);
-        assert_eq!(list(permutation.order), [1, 2, 0, 3, 5, 4]);
-        assert_eq!(list(permutation.slots), [2, 0, 1, 3, 5, 4]);
-        assert_eq!(list(permutation.counts), [2, 0, 3, 1, 0]);
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(32))]
-        /// The native version and its hand-written backward against the reference and Burn's autodiff.
-        #[test]
-        fn native_agrees_with_reference(
-            (experts, k, picks) in (1usize..6, 1usize..4).prop_flat_map(|(experts, k)| (
-                Just(experts), Just(k), (1usize..9).prop_flat_map(move |tokens| {
-                    prop::collection::vec(0..experts as i32, tokens * k)
-                })
-            ))
-        ) {
-            let device = Device::flex().autodiff();
-            let pairs = chosen(&picks, k);
-            let permutation = Permutation::by_expert(pairs.clone(), experts);
-            let (order, slots, counts) = reference::sort_by_expert(pairs, experts);
-            prop_assert_eq!(list(permutation.order.clone()), list(order));
-            prop_assert_eq!(list(permutation.slots.clone()), list(slots));
-            prop_assert_eq!(list(permutation.counts.clone()), list(counts));
-
-            let [tokens, k] = permutation.dims();
-            let random = |rows, columns| {
-                Tensor::<2>::random([rows, columns], Distribution::Default, &device).require_grad()
-            };
-            let (x, weights, mask) = (random(tokens, 3), random(tokens, k), random(tokens, 3));
-            let run = |native: bool| {
-                let rows = if native { permute(x.clone(), &permutation) } else { reference::permute(x.clone(), &permutation) };
-                let y = rows.clone() * rows;
-                let out = if native {
-                    combine(y, weights.clone(), &permutation)
-                } else {
-                    reference::combine(y, weights.clone(), &permutation)
-                };
-                let grads = (out.clone() * mask.clone().detach()).sum().backward();
-                (out, x.grad(&grads).unwrap(), weights.grad(&grads).unwrap())
-            };
-            let (native, reference) = (run(true), run(false));
-            let close = Tolerance::<f32>::absolute(1e-5);
-            native.0.into_data().assert_approx_eq(&reference.0.into_data(), close);
-            native.1.into_data().assert_approx_eq(&reference.1.into_data(), close);
-            native.2.into_data().assert_approx_eq(&reference.2.into_data(), close);
-        }
-    }
 }

@@ -2,13 +2,10 @@
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 
-use super::Permutation;
+use super::{Permutation, padded_rows};
 
 /// A counting sort: a pair's row is its expert's offset plus its rank among the expert's pairs.
-pub(super) fn sort_by_expert(
-    chosen: Tensor<2, Int>,
-    experts: usize,
-) -> (Tensor<1, Int>, Tensor<1, Int>, Tensor<1, Int>) {
+pub(super) fn sort_by_expert(chosen: Tensor<2, Int>, experts: usize, tile: usize) -> Permutation {
     let [tokens, k] = chosen.dims();
     let pairs = tokens * k;
     let device = chosen.device();
@@ -21,22 +18,37 @@ pub(super) fn sort_by_expert(
         .int(); // [S, E]
     let seen = hit.clone().cumsum(0);
     let counts = hit.sum_dim(0).reshape([experts]);
-    let offsets = counts.clone().cumsum(0) - counts.clone();
+    let rows = (counts.clone() + (tile as i64 - 1)) / tile as i64 * tile as i64;
+    let offsets = rows.clone().cumsum(0) - rows.clone();
     let slots = offsets.gather(0, chosen.clone().reshape([pairs]))
         + seen.gather(1, chosen).reshape([pairs])
         - 1;
-    let order = Tensor::<1, Int>::zeros([pairs], &device).scatter(
+    let all = padded_rows(pairs, experts, tile);
+    // What no pair is added to pads a segment.
+    let order = Tensor::<1, Int>::full([all], pairs as i64, &device).scatter(
         0,
         slots.clone(),
-        Tensor::arange(0..pairs as i64, &device),
+        Tensor::arange(0..pairs as i64, &device) - pairs as i64,
         IndexingUpdateOp::Add,
     );
-    (order, slots, counts)
+    Permutation {
+        order,
+        slots: slots.reshape([tokens, k]),
+        counts,
+        rows,
+    }
 }
 
 /// See [`super::permute`].
 pub(super) fn permute(x: Tensor<2>, permutation: &Permutation) -> Tensor<2> {
-    let [_, k] = permutation.dims();
+    let ([_, k], [_, width]) = (permutation.dims(), x.dims());
+    let x = if permutation.is_padded() {
+        // The token of a padding row is the one past the end.
+        let zeros = Tensor::zeros([1, width], (&x.device(), x.dtype()));
+        Tensor::cat(vec![x, zeros], 0)
+    } else {
+        x
+    };
     x.select(0, permutation.order.clone() / k as i64)
 }
 

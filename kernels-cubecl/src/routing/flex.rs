@@ -6,62 +6,40 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 
-use super::RoutingOps;
+use super::{GroupLimit, RoutingOps};
 use crate::flex::{Scalar, contiguous, dims, elements, int_tensor, with_scalar};
 
 impl RoutingOps for Flex {
-    fn choose(
-        choice: FloatTensor<Self>,
-        experts_per_token: usize,
-        groups: usize,
-        groups_per_token: usize,
-    ) -> IntTensor<Self> {
+    fn choose(choice: FloatTensor<Self>, limit: GroupLimit) -> IntTensor<Self> {
         let [tokens, experts] = dims(&choice);
         let choice = contiguous(choice);
-        let mut chosen = Vec::with_capacity(tokens * experts_per_token);
+        let mut chosen = Vec::with_capacity(tokens * limit.experts_per_token);
         with_scalar!(choice, T => {
             let mut best = Best::<T>::default();
             for row in elements::<T>(&choice).chunks_exact(experts) {
-                choose_row(row, groups, groups_per_token, experts_per_token, &mut best, &mut chosen);
+                choose_row(row, limit, &mut best, &mut chosen);
             }
         });
-        int_tensor(chosen, [tokens, experts_per_token])
+        int_tensor(chosen, [tokens, limit.experts_per_token])
     }
 }
 
 impl<B: Backend + RoutingOps, C: CheckpointStrategy> RoutingOps for Autodiff<B, C> {
-    fn choose(
-        choice: FloatTensor<Self>,
-        experts_per_token: usize,
-        groups: usize,
-        groups_per_token: usize,
-    ) -> IntTensor<Self> {
-        B::choose(
-            choice.into_primitive(),
-            experts_per_token,
-            groups,
-            groups_per_token,
-        )
+    fn choose(choice: FloatTensor<Self>, limit: GroupLimit) -> IntTensor<Self> {
+        B::choose(choice.into_primitive(), limit)
     }
 }
 
-fn choose_row<T: Scalar>(
-    row: &[T],
-    groups: usize,
-    groups_per_token: usize,
-    experts_per_token: usize,
-    best: &mut Best<T>,
-    chosen: &mut Vec<i32>,
-) {
-    let per_group = row.len() / groups;
-    best.reset(groups_per_token);
+fn choose_row<T: Scalar>(row: &[T], limit: GroupLimit, best: &mut Best<T>, chosen: &mut Vec<i32>) {
+    let per_group = row.len() / limit.groups;
+    best.reset(limit.groups_per_token);
     for (group, values) in row.chunks_exact(per_group).enumerate() {
         best.offer(top_two_sum(values), group);
     }
     let mut kept: Vec<usize> = best.items.iter().map(|&(_, group)| group).collect();
     kept.sort_unstable();
 
-    best.reset(experts_per_token);
+    best.reset(limit.experts_per_token);
     for group in kept {
         let experts = row
             .iter()
@@ -76,7 +54,7 @@ fn choose_row<T: Scalar>(
 }
 
 fn top_two_sum<T: Scalar>(values: &[T]) -> T {
-    let mut values = values.iter().copied();
+    let mut values = values.iter().map(|&value| number(value));
     let mut first = values.next().expect("groups are not empty");
     let Some(mut second) = values.next() else {
         return first;
@@ -95,6 +73,15 @@ fn top_two_sum<T: Scalar>(values: &[T]) -> T {
     first
 }
 
+/// The value, and the lowest for NaN.
+fn number<T: Scalar>(value: T) -> T {
+    if value.partial_cmp(&value).is_some() {
+        value
+    } else {
+        T::LOWEST
+    }
+}
+
 /// The highest values offered so far, best first. Offered in order of index, an equal value never displaces an
 /// earlier one, which is the tie rule.
 #[derive(Default)]
@@ -110,11 +97,7 @@ impl<T: Scalar> Best<T> {
     }
 
     fn offer(&mut self, value: T, index: usize) {
-        let value = if value.partial_cmp(&value).is_some() {
-            value
-        } else {
-            T::LOWEST
-        };
+        let value = number(value);
         let at = self
             .items
             .iter()

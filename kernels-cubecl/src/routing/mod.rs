@@ -1,7 +1,15 @@
 //! Which experts a token goes to: group-limited top-k (report section 2.1.2, node-limited routing).
 
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod backward;
 mod flex;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod kernel;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod launch;
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use burn::{
     backend::{
@@ -12,7 +20,7 @@ use burn::{
 };
 
 /// How many experts are chosen, and from how many groups of neighbouring experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GroupLimit {
     /// Experts chosen per token, K.
     pub experts_per_token: usize,
@@ -33,6 +41,65 @@ impl GroupLimit {
     }
 }
 
+/// How affinities become weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Weighting {
+    /// Whether a token's weights are divided by their sum.
+    pub normalised: bool,
+    /// What they are multiplied with in the end.
+    pub scale: f64,
+}
+
+/// Added to the sum of the chosen affinities: keeps the division defined when all of them vanish, as upstream.
+const SMALLEST_SUM: f64 = 1e-20;
+
+/// Where tokens go.
+#[derive(Clone, Debug)]
+pub struct Routed {
+    /// Expert indices, best first. `[T, K]`
+    pub chosen: Tensor<2, Int>,
+    /// Their weights, in the type of the logits. `[T, K]`
+    pub weights: Tensor<2>,
+}
+
+/// Chooses the experts of every token and weighs them: affinities s = sigmoid(logits), experts by s + bias under
+/// the rules of [`select_experts`], weights by s (report equations 12 to 16).
+///
+/// Computed in single precision for half types. Differentiable with respect to `logits` through the weights; the
+/// choice is a constant of the backward pass, and no gradient reaches `bias`. One kernel on CubeCL devices for f32,
+/// f16 and bf16; elsewhere Burn's operations around [`select_experts`].
+///
+/// # Shapes
+/// - `logits`: `[T, E]`, `bias`: `[E]`
+///
+/// # Panics
+/// If the limit does not fit the number of experts ([`GroupLimit::fits`]), or the bias does not.
+pub fn route(
+    logits: Tensor<2>,
+    bias: Tensor<1>,
+    limit: GroupLimit,
+    weighting: Weighting,
+) -> Routed {
+    let [_, experts] = logits.dims();
+    assert_limit(limit, experts);
+    assert!(
+        bias.dims() == [experts],
+        "a bias of {:?} for {experts} experts",
+        bias.dims()
+    );
+    let bias = bias.detach();
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    if experts <= MOST_EXPERTS && crate::cube::is_native(&logits.device(), logits.dtype()) {
+        let (logits, bias) = (logits.into_dispatch(), bias.into_dispatch());
+        let (chosen, weights) = Dispatch::choose_and_weigh(logits, bias, limit, weighting);
+        return Routed {
+            chosen: Tensor::from_dispatch(chosen),
+            weights: Tensor::from_dispatch(weights),
+        };
+    }
+    reference::route(logits, bias, limit, weighting)
+}
+
 /// Chooses the experts of every token.
 ///
 /// A group's score is the sum of its two highest `choice` values (of its one value if it has one expert). The
@@ -41,7 +108,8 @@ impl GroupLimit {
 /// are chosen, best first. Among equal values the lowest index wins, for groups and for experts. NaN counts as
 /// -inf.
 ///
-/// Not differentiable: the choice is a constant of the backward pass. Native on Flex for f32 and f64.
+/// Not differentiable: the choice is a constant of the backward pass. Native on Flex for f32 and f64, on CubeCL
+/// devices for f32.
 ///
 /// # Shapes
 /// - `choice`: `[T, E]`, affinity plus selection bias
@@ -51,120 +119,39 @@ impl GroupLimit {
 /// If the limit does not fit the number of experts ([`GroupLimit::fits`]).
 pub fn select_experts(choice: Tensor<2>, limit: GroupLimit) -> Tensor<2, Int> {
     let [_, experts] = choice.dims();
-    assert!(
-        limit.fits(experts),
-        "{limit:?} cannot be met with {experts} experts"
-    );
+    assert_limit(limit, experts);
     let choice = choice.detach();
-    if crate::flex::is_native(&choice.device(), choice.dtype()) {
-        let GroupLimit {
-            experts_per_token,
-            groups,
-            groups_per_token,
-        } = limit;
-        Tensor::from_dispatch(Dispatch::choose(
-            choice.into_dispatch(),
-            experts_per_token,
-            groups,
-            groups_per_token,
-        ))
+    let (device, dtype) = (choice.device(), choice.dtype());
+    let on_cube = experts <= MOST_EXPERTS && crate::cube::is_native_f32(&device, dtype);
+    if on_cube || crate::flex::is_native(&device, dtype) {
+        Tensor::from_dispatch(Dispatch::choose(choice.into_dispatch(), limit))
     } else {
         reference::select_experts(choice, limit)
     }
 }
 
-#[backend_extension(Flex, Autodiff)]
-pub(crate) trait RoutingOps: burn::backend::Backend {
-    fn choose(
-        choice: FloatTensor<Self>,
-        experts_per_token: usize,
-        groups: usize,
-        groups_per_token: usize,
-    ) -> IntTensor<Self>;
+fn assert_limit(limit: GroupLimit, experts: usize) {
+    assert!(
+        limit.fits(experts),
+        "{limit:?} cannot be met with {experts} experts"
+    );
 }
 
-#[cfg(test)]
-mod tests {
-    use burn::tensor::{Device, TensorData};
-    use proptest::prelude::*;
+/// What the kernels for CubeCL devices serve: a token's scores are in shared memory, of which every device has 16 KiB.
+const MOST_EXPERTS: usize = 1024;
 
-    use super::*;
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
+pub(crate) trait RoutingOps: burn::backend::Backend {
+    fn choose(choice: FloatTensor<Self>, limit: GroupLimit) -> IntTensor<Self>;
+}
 
-    fn limit(experts_per_token: usize, groups: usize, groups_per_token: usize) -> GroupLimit {
-        GroupLimit {
-            experts_per_token,
-            groups,
-            groups_per_token,
-        }
-    }
-
-    fn choose(rows: Vec<f32>, experts: usize, limit: GroupLimit) -> Vec<i32> {
-        let tokens = rows.len() / experts;
-        let choice =
-            Tensor::<2>::from_data(TensorData::new(rows, [tokens, experts]), &Device::flex());
-        let native = select_experts(choice.clone(), limit)
-            .into_data()
-            .iter::<i32>()
-            .collect::<Vec<_>>();
-        let reference = reference::select_experts(choice, limit)
-            .into_data()
-            .iter::<i32>()
-            .collect::<Vec<_>>();
-        assert_eq!(native, reference, "native and reference disagree");
-        native
-    }
-
-    #[test]
-    fn ties_go_to_the_lowest_index() {
-        assert_eq!(choose(vec![0.5; 8], 8, limit(3, 4, 2)), [0, 1, 2]);
-    }
-
-    #[test]
-    fn experts_of_other_groups_are_out_even_among_negative_values() {
-        // Group 1 has the best pair; with a zero mask the experts of group 0 would beat its negative second value.
-        let row = vec![-0.9, -0.9, 0.8, -0.3];
-        assert_eq!(choose(row, 4, limit(2, 2, 1)), [2, 3]);
-    }
-
-    #[test]
-    fn a_group_is_judged_by_its_two_best_not_its_best() {
-        let row = vec![0.9, 0.0, 0.0, 0.6, 0.5, 0.0];
-        assert_eq!(choose(row, 6, limit(2, 2, 1)), [3, 4]);
-    }
-
-    #[test]
-    fn groups_of_one_expert_one_group_and_all_experts() {
-        assert_eq!(choose(vec![0.1, 0.4, 0.3], 3, limit(2, 3, 2)), [1, 2]);
-        assert_eq!(choose(vec![0.1, 0.4, 0.3], 3, limit(3, 1, 1)), [1, 2, 0]);
-    }
-
-    proptest! {
-        /// Against a scalar oracle written from the definition, with many ties.
-        #[test]
-        fn agrees_with_a_scalar_oracle(
-            (groups, per_group, groups_per_token, k, values) in (1usize..5, 1usize..5)
-                .prop_flat_map(|(groups, per_group)| (Just(groups), Just(per_group), 1..=groups))
-                .prop_flat_map(|(groups, per_group, chosen)| (
-                    Just(groups), Just(per_group), Just(chosen), 1..=chosen * per_group,
-                    prop::collection::vec(-3i8..4, groups * per_group * 3),
-                ))
-        ) {
-            let experts = groups * per_group;
-            let rows: Vec<f32> = values.iter().map(|&v| f32::from(v) / 4.0).collect();
-            let chosen = choose(rows.clone(), experts, limit(k, groups, groups_per_token));
-            for (row, chosen) in rows.chunks(experts).zip(chosen.chunks(k)) {
-                let mut by_group: Vec<(usize, f32)> = row.chunks(per_group).enumerate().map(|(g, values)| {
-                    let mut values = values.to_vec();
-                    values.sort_by(|a, b| b.total_cmp(a));
-                    (g, values.iter().take(2).sum())
-                }).collect();
-                by_group.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-                let allowed: Vec<usize> = by_group.iter().take(groups_per_token).map(|g| g.0).collect();
-                let mut order: Vec<usize> = (0..experts).filter(|e| allowed.contains(&(e / per_group))).collect();
-                order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
-                let expected: Vec<i32> = order.into_iter().take(k).map(|e| e as i32).collect();
-                prop_assert_eq!(chosen, expected);
-            }
-        }
-    }
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[backend_extension(Cube, Autodiff)]
+pub(crate) trait RouteOps: burn::backend::Backend {
+    fn choose_and_weigh(
+        logits: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        limit: GroupLimit,
+        weighting: Weighting,
+    ) -> (IntTensor<Self>, FloatTensor<Self>);
 }

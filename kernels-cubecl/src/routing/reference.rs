@@ -1,20 +1,51 @@
-//! Group-limited top-k in plain tensor operations.
+//! Routing in plain tensor operations.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Bool, DType, Int, Tensor, activation::sigmoid};
 
-use super::GroupLimit;
+use super::{GroupLimit, Routed, SMALLEST_SUM, Weighting};
+
+/// See [`super::route`].
+pub(super) fn route(
+    logits: Tensor<2>,
+    bias: Tensor<1>,
+    limit: GroupLimit,
+    weighting: Weighting,
+) -> Routed {
+    let dtype = logits.dtype();
+    // Half precisions are widened; double stays.
+    let logits = match dtype {
+        DType::F32 | DType::F64 => logits,
+        _ => logits.cast(DType::F32),
+    };
+    let affinity = sigmoid(logits);
+    let bias = bias.cast(affinity.dtype()).detach();
+    let choice = affinity.clone().detach() + bias.unsqueeze_dim(0);
+    let chosen = super::select_experts(choice, limit);
+    let weights = affinity.gather(1, chosen.clone());
+    let weights = if weighting.normalised {
+        weights.clone() / (weights.sum_dim(1) + SMALLEST_SUM)
+    } else {
+        weights
+    };
+    Routed {
+        chosen,
+        weights: (weights * weighting.scale).cast(dtype),
+    }
+}
 
 /// See [`super::select_experts`].
 pub(super) fn select_experts(choice: Tensor<2>, limit: GroupLimit) -> Tensor<2, Int> {
     let [tokens, experts] = choice.dims();
     let per_group = experts / limit.groups;
-    let choice = choice.clone().mask_fill(choice.is_nan(), f32::NEG_INFINITY);
+    let choice = numbers(choice);
     let grouped = choice.clone().reshape([tokens, limit.groups, per_group]); // [T, G, E/G]
     let group_scores = grouped
         .topk(per_group.min(2), 2)
         .sum_dim(2)
         .reshape([tokens, limit.groups]);
-    let kept = best_first(group_scores, limit.groups_per_token); // [T, M]
+    let group_scores = numbers(group_scores); // inf - inf
+    let none_out = group_scores.clone().is_nan();
+    let kept = best_first(group_scores, none_out, limit.groups_per_token); // [T, M]
 
     // An expert stays if its group is among the kept ones.
     let group_of = Tensor::<1, Int>::arange(0..experts as i64, &choice.device()) / per_group as i64;
@@ -27,21 +58,24 @@ pub(super) fn select_experts(choice: Tensor<2>, limit: GroupLimit) -> Tensor<2, 
         )
         .any_dim(1)
         .reshape([tokens, experts]);
-    best_first(
-        choice.mask_fill(stays.bool_not(), f32::NEG_INFINITY),
-        limit.experts_per_token,
-    )
+    best_first(choice, stays.bool_not(), limit.experts_per_token)
 }
 
-/// The indices of the `count` highest values of each row, best first, ties to the lowest index.
+/// The values, with -inf for NaN.
+fn numbers(values: Tensor<2>) -> Tensor<2> {
+    values.clone().mask_fill(values.is_nan(), f32::NEG_INFINITY)
+}
+
+/// The indices of the `count` highest values of each row that are not `out`, best first, ties to the lowest index.
 ///
 /// Made of maximum, comparison and minimum, because backends differ in which of equal values their sorts prefer.
-fn best_first(mut values: Tensor<2>, count: usize) -> Tensor<2, Int> {
+fn best_first(values: Tensor<2>, out: Tensor<2, Bool>, count: usize) -> Tensor<2, Int> {
     let [rows, columns] = values.dims();
+    let mut values = values.mask_fill(out.clone(), f32::NEG_INFINITY);
     let index = Tensor::<1, Int>::arange(0..columns as i64, &values.device())
         .reshape([1, columns])
         .expand([rows, columns]);
-    let mut taken = index.clone().lower_elem(0); // [rows, columns], all false
+    let mut taken = out;
     let mut chosen = Vec::with_capacity(count);
     for _ in 0..count {
         let best = values.clone().max_dim(1).expand([rows, columns]);

@@ -11,7 +11,6 @@ mod expanded;
 
 use burn::{
     module::Module,
-    nn::Linear,
     tensor::{Device, Int, Tensor},
 };
 
@@ -20,8 +19,8 @@ pub use cache::{LatentCache, LayerCache};
 use crate::{
     config::ModelConfig,
     init::Initializer,
-    mlp::linear,
     norm::RmsNorm,
+    projection::{Arithmetic, Projection},
     rope::{Rope, RopeTables},
 };
 
@@ -33,13 +32,13 @@ const LATENT_NORM_EPSILON: f64 = 1e-6;
 pub struct Attention {
     query: QueryProjection,
     /// Latent and shared key, `[D, C + R]`.
-    pub kv_a_proj_with_mqa: Linear,
+    pub kv_a_proj_with_mqa: Projection,
     /// Norm of the latent. `[C]`
     pub kv_a_layernorm: RmsNorm,
     /// Keys without position and values of all heads, `[C, H (N + V)]`.
-    pub kv_b_proj: Linear,
+    pub kv_b_proj: Projection,
     /// Output projection, `[H V, D]`.
-    pub o_proj: Linear,
+    pub o_proj: Projection,
     heads: usize,
     nope: usize,
     rope: usize,
@@ -64,18 +63,18 @@ pub enum QueryProjection {
 #[derive(Module, Debug)]
 pub struct DirectQuery {
     /// `[D, H (N + R)]`
-    pub q_proj: Linear,
+    pub q_proj: Projection,
 }
 
 /// Queries through a latent.
 #[derive(Module, Debug)]
 pub struct LowRankQuery {
     /// `[D, Q]`
-    pub q_a_proj: Linear,
+    pub q_a_proj: Projection,
     /// `[Q]`
     pub q_a_layernorm: RmsNorm,
     /// `[Q, H (N + R)]`
-    pub q_b_proj: Linear,
+    pub q_b_proj: Projection,
 }
 
 impl QueryProjection {
@@ -96,31 +95,47 @@ impl Attention {
         let query_width = heads * config.qk_head_dim();
         let query = match config.q_lora_rank {
             None => QueryProjection::Direct(DirectQuery {
-                q_proj: linear(hidden, query_width, init.child("q_proj")),
+                q_proj: Projection::new(hidden, query_width, init.child("q_proj")),
             }),
             Some(rank) => QueryProjection::LowRank(LowRankQuery {
-                q_a_proj: linear(hidden, rank, init.child("q_a_proj")),
+                q_a_proj: Projection::new(hidden, rank, init.child("q_a_proj")),
                 q_a_layernorm: latent_norm(rank, init.child("q_a_layernorm")),
-                q_b_proj: linear(rank, query_width, init.child("q_b_proj")),
+                q_b_proj: Projection::new(rank, query_width, init.child("q_b_proj")),
             }),
         };
         let latent = config.kv_lora_rank;
         let key_value = heads * (config.qk_nope_head_dim + config.v_head_dim);
         Self {
             query,
-            kv_a_proj_with_mqa: linear(
+            kv_a_proj_with_mqa: Projection::new(
                 hidden,
                 config.cache_width(),
                 init.child("kv_a_proj_with_mqa"),
             ),
             kv_a_layernorm: latent_norm(latent, init.child("kv_a_layernorm")),
-            kv_b_proj: linear(latent, key_value, init.child("kv_b_proj")),
-            o_proj: linear(heads * config.v_head_dim, hidden, init.child("o_proj")),
+            kv_b_proj: Projection::new(latent, key_value, init.child("kv_b_proj")),
+            o_proj: Projection::new(heads * config.v_head_dim, hidden, init.child("o_proj")),
             heads,
             nope: config.qk_nope_head_dim,
             rope: config.qk_rope_head_dim,
             value: config.v_head_dim,
             softmax_scale: Rope::new(config).softmax_scale,
+        }
+    }
+
+    /// Sets how products with weights are computed.
+    pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        let queries = match &mut self.query {
+            QueryProjection::Direct(query) => vec![&mut query.q_proj],
+            QueryProjection::LowRank(query) => vec![&mut query.q_a_proj, &mut query.q_b_proj],
+        };
+        let others = [
+            &mut self.kv_a_proj_with_mqa,
+            &mut self.kv_b_proj,
+            &mut self.o_proj,
+        ];
+        for projection in queries.into_iter().chain(others) {
+            projection.arithmetic = arithmetic;
         }
     }
 

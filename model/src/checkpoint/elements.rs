@@ -3,12 +3,10 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{bf16, f16};
+use deepburn_kernels::fp8::tiles::{Tile, dequantize};
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{
-    fp8::{dequantize, scale_shape},
-    hf_names::scales_of,
-};
+use super::hf_names::scales_of;
 
 /// The elements of the tensor `name`, or what is wrong with it. `quantized`: `config.json` says how FP8 is scaled.
 pub(super) fn elements(
@@ -43,7 +41,9 @@ pub(super) fn elements(
     }
     let scales = scales(&scales_of(name), [rows, columns], tensors);
     match scales {
-        Ok(scales) if problems.is_empty() => Ok(dequantize(view.data(), columns, &scales)),
+        Ok(scales) if problems.is_empty() => {
+            Ok(dequantize(view.data(), columns, Tile::Block, &scales))
+        }
         Ok(_) => Err(problems),
         Err(problem) => {
             problems.push(problem);
@@ -57,7 +57,7 @@ fn scales(
     matrix: [usize; 2],
     tensors: &BTreeMap<String, TensorView<'_>>,
 ) -> Result<Vec<f32>, String> {
-    let expected = scale_shape(matrix);
+    let expected = Tile::Block.scale_shape(matrix);
     let Some(view) = tensors.get(name) else {
         return Err(format!(
             "{name}: missing, expected {expected:?} beside F8_E4M3"

@@ -66,6 +66,13 @@ impl WeightFiles {
         })
     }
 
+    /// Gives the memory of a tensor's elements back.
+    pub(super) fn release(&self, data: &[u8]) {
+        for (_, file) in &self.files {
+            file.release(data);
+        }
+    }
+
     pub(super) fn tensors(&self) -> Result<StoredTensors<'_>, CheckpointError> {
         let files = self.files.iter();
         let files: Vec<(&Path, &[u8])> = files

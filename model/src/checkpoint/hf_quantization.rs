@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::fp8;
+use deepburn_kernels::fp8::TILE;
+
 use crate::config::ConfigError;
 
 /// How weights of type F8_E4M3 are to be read. Activations are not quantised here; a scheme
@@ -41,7 +42,7 @@ impl QuantizationConfig {
             activation_scheme: default_activation_scheme(),
             fmt: default_fmt(),
             quant_method: "fp8".into(),
-            weight_block_size: Some(vec![fp8::BLOCK; 2]),
+            weight_block_size: Some(vec![TILE; 2]),
         }
     }
 
@@ -57,7 +58,7 @@ impl QuantizationConfig {
             &self.activation_scheme,
             &["dynamic"],
         )?;
-        let expected = [fp8::BLOCK; 2];
+        let expected = [TILE; 2];
         let found = self.weight_block_size.as_deref().unwrap_or_default();
         if found != expected {
             // An absent size would be one scale per tensor, which other publishers use.

@@ -49,7 +49,9 @@ fn read_config_as<T>(
 pub fn load(dir: &Path, device: &Device) -> Result<(ModelConfig, Transformer), CheckpointError> {
     let (config, quantized) = read_config_as(dir, hf_config::parse_for_weights)?;
     let files = WeightFiles::open(dir)?;
-    let model = assemble(&config, quantized, files.tensors()?, device);
+    let model = assemble(&config, quantized, files.tensors()?, device, &|data| {
+        files.release(data);
+    });
     match model {
         Ok(model) => Ok((config, model)),
         Err(problems) => Err(CheckpointError::Tensors {
@@ -65,6 +67,7 @@ fn assemble(
     quantized: bool,
     tensors: StoredTensors<'_>,
     device: &Device,
+    release: &dyn Fn(&[u8]),
 ) -> Result<Transformer, Vec<String>> {
     let StoredTensors {
         by_name: tensors,
@@ -77,6 +80,7 @@ fn assemble(
         quantized,
         unread: tensors.keys().map(String::as_str).collect(),
         tensors: &tensors,
+        release,
         problems,
     };
     let model = Transformer::new(config, 0, device).map(&mut loader);
@@ -101,6 +105,8 @@ struct Loader<'a> {
     /// Whether `config.json` says how FP8 is scaled.
     quantized: bool,
     tensors: &'a BTreeMap<String, TensorView<'a>>,
+    /// Is called with what has been read.
+    release: &'a dyn Fn(&[u8]),
     unread: BTreeSet<&'a str>,
     problems: Vec<String>,
 }
@@ -120,7 +126,9 @@ impl Loader<'_> {
                 .push(format!("{name}: expected {expected:?}, found {found:?}"));
             return None;
         }
-        match elements(name, view, self.tensors, self.quantized) {
+        let elements = elements(name, view, self.tensors, self.quantized);
+        (self.release)(view.data());
+        match elements {
             Ok(values) => Some(values),
             Err(problems) => {
                 self.problems.extend(problems);
@@ -284,7 +292,7 @@ mod tests {
             hf_config::parse_for_weights(text).map_err(|error| error.to_string())?;
         let tensors = files::tensors(&[(Path::new("model.safetensors"), weights)], None)
             .map_err(|error| error.to_string())?;
-        assemble(&config, quantized, tensors, &Device::flex())
+        assemble(&config, quantized, tensors, &Device::flex(), &|_| {})
             .map_err(|problems| problems.join("\n"))
     }
 
@@ -355,7 +363,7 @@ mod tests {
         tensors.by_name.insert(name.to_owned(), view);
         let (config, quantized) =
             hf_config::parse_for_weights(str::from_utf8(&config).unwrap()).unwrap();
-        let problems = assemble(&config, quantized, tensors, &Device::flex()).unwrap_err();
+        let problems = assemble(&config, quantized, tensors, &Device::flex(), &|_| {}).unwrap_err();
         assert_eq!(
             problems,
             [format!(

@@ -3,7 +3,6 @@
 mod atomic;
 mod elements;
 mod files;
-pub mod fp8;
 pub mod hf_config;
 pub mod hf_names;
 mod hf_quantization;

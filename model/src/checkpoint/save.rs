@@ -6,11 +6,12 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{Tensor, bf16},
 };
+use deepburn_kernels::fp8::tiles::{self, ScaleFormat, Tile};
 use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::json;
 
 use super::{
-    CheckpointError, StoredType, fp8, hf_config,
+    CheckpointError, StoredType, hf_config,
     hf_names::{Stored, is_always_f32, is_quantized, mtp_copies, scales_of, stored},
     load::transpose,
     write_file,
@@ -140,10 +141,11 @@ impl Collector {
                 if !values.iter().all(|value| value.is_finite()) {
                     self.without_scale.get_or_insert(name.clone());
                 }
-                let scales: Arc<[f32]> = fp8::scales(&values, shape[1]).into();
+                let scales: Arc<[f32]> =
+                    tiles::scales(&values, shape[1], Tile::Block, ScaleFormat::Float32).into();
                 let tensor = StoredTensor {
                     content: Content::Scales(scales.clone()),
-                    shape: fp8::scale_shape([shape[0], shape[1]]).to_vec(),
+                    shape: Tile::Block.scale_shape([shape[0], shape[1]]).to_vec(),
                 };
                 self.tensors.insert(scales_of(&name), tensor);
                 Content::Fp8(source, scales)
@@ -244,9 +246,12 @@ impl View for StoredTensor {
                     .flat_map(|value| bf16::from_f32(value).to_le_bytes())
                     .collect()
             }
-            Content::Fp8(source, scales) => {
-                fp8::quantize(&source.read(&self.shape), self.shape[1], scales)
-            }
+            Content::Fp8(source, scales) => tiles::quantize(
+                &source.read(&self.shape),
+                self.shape[1],
+                Tile::Block,
+                scales,
+            ),
             Content::Scales(scales) => f32_bytes(scales),
         };
         bytes.into()

@@ -4,9 +4,9 @@ use burn::{
     module::{Module, Param},
     tensor::{Int, Tensor},
 };
-use deepburn_kernels::{grouped_gemm::grouped_matmul, swiglu::swiglu};
+use deepburn_kernels::{fp8::grouped_linear, grouped_gemm::grouped_matmul, swiglu::swiglu};
 
-use crate::{config::ModelConfig, init::Initializer};
+use crate::{config::ModelConfig, init::Initializer, projection::Arithmetic};
 
 /// SwiGLU experts with their matrices stacked.
 #[derive(Module, Debug)]
@@ -17,6 +17,8 @@ pub struct Experts {
     pub up_proj: Param<Tensor<3>>,
     /// `[E, F, D]`
     pub down_proj: Param<Tensor<3>>,
+    #[module(skip)]
+    pub(crate) arithmetic: Arithmetic,
 }
 
 impl Experts {
@@ -28,6 +30,7 @@ impl Experts {
             gate_proj: init.normal("gate_proj", [experts, hidden, width]),
             up_proj: init.normal("up_proj", [experts, hidden, width]),
             down_proj: init.normal("down_proj", [experts, width, hidden]),
+            arithmetic: Arithmetic::Full,
         }
     }
 
@@ -47,8 +50,12 @@ impl Experts {
     /// - `x`: `[S, D]` in expert order, as the result
     /// - `counts`: `[E]`
     pub fn forward(&self, x: Tensor<2>, counts: Tensor<1, Int>) -> Tensor<2> {
-        let gate = grouped_matmul(x.clone(), self.gate_proj.val(), counts.clone());
-        let up = grouped_matmul(x, self.up_proj.val(), counts.clone());
-        grouped_matmul(swiglu(gate, up), self.down_proj.val(), counts)
+        let multiply = |x, weights: &Param<Tensor<3>>| match self.arithmetic {
+            Arithmetic::Full => grouped_matmul(x, weights.val(), counts.clone()),
+            Arithmetic::Fp8(format) => grouped_linear(x, weights.val(), counts.clone(), format),
+        };
+        let gate = multiply(x.clone(), &self.gate_proj);
+        let up = multiply(x, &self.up_proj);
+        multiply(swiglu(gate, up), &self.down_proj)
     }
 }

@@ -13,7 +13,7 @@ use deepburn_kernels::permute::{Permutation, combine, permute};
 pub use experts::Experts;
 pub use router::{Router, Routing};
 
-use crate::{config::ModelConfig, init::Initializer, mlp::Mlp};
+use crate::{config::ModelConfig, init::Initializer, mlp::Mlp, projection::Arithmetic};
 
 /// The feed-forward part of a mixture-of-experts layer.
 #[derive(Module, Debug)]
@@ -46,6 +46,14 @@ impl Moe {
             experts: Experts::new(config, init.child("experts")),
             shared_experts: (shared > 0)
                 .then(|| Mlp::new(config.hidden_size, shared, init.child("shared_experts"))),
+        }
+    }
+
+    /// Sets how products with the experts' weights are computed.
+    pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        self.experts.arithmetic = arithmetic;
+        if let Some(shared) = &mut self.shared_experts {
+            shared.set_arithmetic(arithmetic);
         }
     }
 

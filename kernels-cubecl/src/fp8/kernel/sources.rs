@@ -1,0 +1,86 @@
+//! What of these kernels is compiled without a device: every branch of their constants, for each kind of architecture
+//! that launches them.
+
+use burn::tensor::bf16;
+use cubecl::{
+    CompilationError,
+    prelude::{CubeDim, ExecutionMode, Float},
+};
+
+use super::{hopper, portable, quantize::*};
+use crate::cuda_source::{EVERY, Kernels, Launch, buffer};
+
+/// Architectures that convert to E4M3 in an instruction.
+const FP8: &[&str] = &["sm_89", "sm_90a", "sm_120a"];
+/// Architectures with instructions for FP8 products of a warp.
+const WARPS: &[&str] = &["sm_89", "sm_120a"];
+
+/// The programs of these kernels.
+pub(crate) fn sources(kernels: &mut Kernels) -> Result<(), CompilationError> {
+    quantizations(kernels)?;
+    for (tiles, b_blocks) in [("blocks", true), ("rows", false)] {
+        products::<f32>(kernels, "f32", tiles, b_blocks)?;
+        products::<bf16>(kernels, "bf16", tiles, b_blocks)?;
+    }
+    Ok(())
+}
+
+/// Adds the program of a kernel with its buffers, scalars, vector sizes and constants.
+macro_rules! add {
+    ($kernels:ident, $name:expr, $on:expr, $units:expr, $kernel:ty, [$($argument:expr),* $(,)?]) => {
+        $kernels.add(
+            $name,
+            Launch {
+                architectures: $on,
+                cube: CubeDim::new_1d($units),
+                mode: ExecutionMode::Unchecked,
+            },
+            |settings, device, target| <$kernel>::new(settings, device, target, $($argument),*),
+        )
+    };
+}
+
+#[rustfmt::skip]
+fn quantizations(kernels: &mut Kernels) -> Result<(), CompilationError> {
+    for (power_of_two, native, on, how) in [
+        (false, true, FP8, "any scale, cvt"),
+        (true, false, EVERY, "powers of two, integer"),
+    ] {
+        add!(kernels, format!("quantize_rows bf16, {how}"), on, ROW_UNITS, quantize_rows::QuantizeRows<bf16, u8>,
+            [buffer(), buffer(), buffer(), (), (), (), (), 4, power_of_two, native])?;
+        add!(kernels, format!("quantize_rows f32, {how}"), on, ROW_UNITS, quantize_rows::QuantizeRows<f32, u8>,
+            [buffer(), buffer(), buffer(), (), (), (), (), 4, power_of_two, native])?;
+        add!(kernels, format!("quantize_rows f32 unaligned, {how}"), on, ROW_UNITS, quantize_rows::QuantizeRows<f32, u8>,
+            [buffer(), buffer(), buffer(), (), (), (), (), 1, power_of_two, native])?;
+        add!(kernels, format!("swiglu_quantize_rows bf16, {how}"), on, ROW_UNITS,
+            swiglu_quantize_rows::SwigluQuantizeRows<bf16, u8>,
+            [buffer(), buffer(), buffer(), buffer(), (), (), (), (), 4, power_of_two, native])?;
+        add!(kernels, format!("quantize_blocks f32, {how}"), on, BLOCK_UNITS, quantize_blocks::QuantizeBlocks<f32, u8>,
+            [buffer(), buffer(), buffer(), (), (), (), (), 4, power_of_two, native])?;
+        add!(kernels, format!("quantize_transposed bf16, {how}"), on, BLOCK_UNITS,
+            quantize_transposed::QuantizeTransposed<bf16, u8>,
+            [buffer(), buffer(), buffer(), (), (), (), (), power_of_two, native])?;
+    }
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn products<O: Float>(
+    kernels: &mut Kernels,
+    element: &str,
+    tiles: &str,
+    b_blocks: bool,
+) -> Result<(), CompilationError> {
+    for columns in [64, 128] {
+        let shape = hopper::shape(columns, b_blocks);
+        add!(kernels, format!("hopper multiply {columns} {element}x2, b in {tiles}"), &["sm_90a"], hopper::UNITS,
+            hopper::multiply::Multiply<O>,
+            [(), buffer(), (), buffer(), buffer(), (), (), (), 2, columns as usize / 2, shape])?;
+    }
+    for width in [1, 2] {
+        add!(kernels, format!("portable multiply {element}x{width}, b in {tiles}"), WARPS, portable::UNITS,
+            portable::multiply::Multiply<O>,
+            [buffer(), buffer(), buffer(), buffer(), buffer(), (), (), (), (), (), width, b_blocks])?;
+    }
+    Ok(())
+}

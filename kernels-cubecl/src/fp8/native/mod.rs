@@ -1,0 +1,104 @@
+//! The FP8 kernels as they are, for measurements and for layers that fuse: errors instead of references where there is
+//! no kernel, and no gradients.
+
+#[cfg(feature = "cuda")]
+use burn::tensor::DType;
+use burn::{
+    backend::Cube,
+    tensor::{BackendPrimitive, Int, Tensor},
+};
+use burn_cubecl::tensor::CubeTensor;
+
+pub use super::launch::Unsupported;
+use super::{
+    Quantized, launch,
+    tiles::{ScaleFormat, Tile},
+};
+
+/// [`super::quantize`] by a kernel.
+///
+/// # Shapes
+/// - `x`: `[R, C]`, f32 or (on CUDA) bf16
+///
+/// # Errors
+/// If no kernel serves the tensor.
+pub fn quantize(x: Tensor<2>, tile: Tile, format: ScaleFormat) -> Result<Quantized, Unsupported> {
+    launch::quantize(primitive("the matrix to quantise", x)?, tile, format)
+        .map(|parts| quantized(parts, tile))
+}
+
+/// Rows' tiles of the transposed matrix, which are tiles of 128 rows of `x`: what the gradient of a weight multiplies.
+///
+/// # Shapes
+/// - `x`: `[R, C]`, f32 or (on CUDA) bf16
+/// - result: `[C, R]`
+///
+/// # Errors
+/// If no kernel serves the tensor.
+pub fn quantize_transposed(x: Tensor<2>, format: ScaleFormat) -> Result<Quantized, Unsupported> {
+    launch::quantize_transposed(primitive("the matrix to quantise", x)?, format)
+        .map(|parts| quantized(parts, Tile::Row))
+}
+
+/// Rows' tiles of `silu(gate) * up`, computed in single precision.
+///
+/// # Shapes
+/// - `gate`, `up`: `[R, C]`, f32 or (on CUDA) bf16
+/// - result: `[R, C]`
+///
+/// # Errors
+/// If no kernel serves the tensors.
+pub fn swiglu_quantize(
+    gate: Tensor<2>,
+    up: Tensor<2>,
+    format: ScaleFormat,
+) -> Result<Quantized, Unsupported> {
+    let gate = primitive("the gates", gate)?;
+    let up = primitive("the factors of the gates", up)?;
+    launch::swiglu_quantize(gate, up, format).map(|parts| quantized(parts, Tile::Row))
+}
+
+/// [`super::matmul_nt`] by a kernel, with a result of type `dtype`: f32 or bf16.
+///
+/// # Shapes
+/// - `a`: `[M, K]` in rows' tiles, `b`: `[N, K]` in rows' tiles or blocks
+/// - result: `[M, N]`
+///
+/// # Errors
+/// If no kernel serves the tensors.
+#[cfg(feature = "cuda")]
+pub fn matmul_nt(a: &Quantized, b: &Quantized, dtype: DType) -> Result<Tensor<2>, Unsupported> {
+    let parts = |what: [&'static str; 2], of: &Quantized| {
+        let codes = primitive(what[0], of.codes.clone())?;
+        Ok((codes, primitive(what[1], of.scales.clone())?))
+    };
+    let a = parts(["the left codes", "the left scales"], a)?;
+    let b_tile = b.tile;
+    let b = parts(["the right codes", "the right scales"], b)?;
+    launch::matmul_nt(a, b, b_tile, dtype).map(Tensor::from_primitive::<Cube>)
+}
+
+fn primitive<K>(what: &'static str, tensor: Tensor<2, K>) -> Result<CubeTensor, Unsupported>
+where
+    K: burn::tensor::kind::Basic + BackendPrimitive<Cube, Primitive = CubeTensor>,
+{
+    let found = format!("{:?}", tensor.device());
+    tensor
+        .try_into_primitive::<Cube>()
+        .map_err(|_| Unsupported::Device {
+            what,
+            found,
+            supported: "CubeCL devices without autodiff",
+        })
+}
+
+fn quantized((codes, scales): (CubeTensor, CubeTensor), tile: Tile) -> Quantized {
+    Quantized {
+        codes: Tensor::<2, Int>::from_primitive::<Cube>(codes),
+        scales: Tensor::from_primitive::<Cube>(scales),
+        tile,
+    }
+}
+
+#[cfg(all(test, feature = "wgpu"))]
+mod tests;

@@ -1,0 +1,215 @@
+//! The FP8 kernels on a CUDA device, against the functions on slices and exact sums.
+
+use burn::tensor::{DType, Device, DeviceType, Tensor, TensorData, bf16};
+use deepburn_kernels::fp8::{
+    Quantized, ScaleFormat, TILE, Tile, native,
+    tiles::{self, dequantize},
+};
+
+/// Rows of both matrices and the inner size: one element, edges of warps' and cubes' tiles, tails of the inner size, one
+/// and many stages of the ring, and (the last) more tiles of 128 x 128 than any GPU has multiprocessors.
+const SHAPES: [[usize; 3]; 10] = [
+    [1, 1, 1],
+    [1, 2, 128],
+    [7, 130, 129],
+    [64, 64, 100],
+    [128, 128, 256],
+    [129, 127, 384],
+    [200, 72, 1024],
+    [65, 384, 1200],
+    [300, 258, 2048],
+    [2048, 1664, 272],
+];
+
+/// The CUDA device, or nothing and a word about it.
+fn cuda() -> Option<Device> {
+    if Device::enumerate(DeviceType::Cuda).is_empty() {
+        eprintln!("skipped: no CUDA device");
+        return None;
+    }
+    Some(Device::cuda(0))
+}
+
+fn upload(values: &[f32], columns: usize, dtype: DType, device: &Device) -> Tensor<2> {
+    let data = TensorData::new(values.to_vec(), [values.len() / columns, columns]);
+    Tensor::<2>::from_data(data, device).cast(dtype)
+}
+
+fn download(tensor: Tensor<2>) -> Vec<f32> {
+    let data = tensor.cast(DType::F32).into_data();
+    data.try_to_vec().expect("single precision")
+}
+
+fn parts(quantized: &Quantized) -> (Vec<u8>, Vec<f32>) {
+    let codes = quantized.codes.clone().into_data().convert::<u8>();
+    let codes = codes.try_to_vec().expect("codes in bytes");
+    (codes, download(quantized.scales.clone()))
+}
+
+/// Numbers between -1 and 1.
+fn noise(length: usize, seed: u32) -> impl Iterator<Item = f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
+    (0..length).map(move |_| {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    })
+}
+
+/// Integers from -2 to 2 times a power of two per tile, so that codes, products and sums are exact: a sum over 128 has
+/// at most ten bits, of which tensor cores keep about fourteen, and the sum of all at most 24.
+fn exact(rows: usize, columns: usize, tile: Tile, seed: u32) -> Vec<f32> {
+    let [down, _] = tile.dims();
+    noise(rows * columns, seed)
+        .enumerate()
+        .map(|(at, noise)| {
+            let [row, column] = [at / columns / down, at % columns / TILE];
+            (noise * 2.49).round() * 2f32.powi(((row * 3 + column * 5) % 4) as i32 - 2)
+        })
+        .collect()
+}
+
+/// `a b^T`.
+fn product(a: &[f32], b: &[f32], inner: usize) -> Vec<f32> {
+    let rows = a.chunks(inner);
+    rows.flat_map(|a| {
+        b.chunks(inner).map(move |b| {
+            let terms = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b));
+            terms.sum::<f64>() as f32
+        })
+    })
+    .collect()
+}
+
+#[test]
+fn quantisation_is_that_of_slices_bit_for_bit() {
+    let Some(device) = cuda() else { return };
+    for [rows, columns] in [[1, 1], [5, 384], [130, 132], [257, 131], [300, 1000]] {
+        let mut values: Vec<f32> = noise(rows * columns, 1)
+            .enumerate()
+            .map(|(at, noise)| noise * 2f32.powi((at % 31) as i32 - 16))
+            .collect();
+        if columns > 131 {
+            values[3] = f32::NAN;
+            values[columns + 200 % columns] = f32::INFINITY;
+        }
+        for dtype in [DType::F32, DType::BF16] {
+            let x = upload(&values, columns, dtype, &device);
+            let values = download(x.clone());
+            let transposed: Vec<f32> = (0..rows * columns)
+                .map(|at| values[at % rows * columns + at / rows])
+                .collect();
+            for format in [ScaleFormat::Float32, ScaleFormat::PowerOfTwo] {
+                let expect = |found: Quantized, values: &[f32], columns: usize| {
+                    let scales = tiles::scales(values, columns, found.tile, format);
+                    let codes = tiles::quantize(values, columns, found.tile, &scales);
+                    let (found_codes, found_scales) = parts(&found);
+                    let bits = |scales: &[f32]| -> Vec<u32> {
+                        let nan = |scale: &f32| if scale.is_nan() { f32::NAN } else { *scale };
+                        scales.iter().map(|scale| nan(scale).to_bits()).collect()
+                    };
+                    assert_eq!(
+                        bits(&found_scales),
+                        bits(&scales),
+                        "scales {dtype:?} {columns}"
+                    );
+                    assert_eq!(found_codes, codes, "codes {dtype:?} {columns}");
+                };
+                for tile in [Tile::Row, Tile::Block] {
+                    let found = native::quantize(x.clone(), tile, format).expect("a kernel");
+                    expect(found, &values, columns);
+                }
+                let found = native::quantize_transposed(x.clone(), format).expect("a kernel");
+                expect(found, &transposed, rows);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_small_integers_are_exact() {
+    let Some(device) = cuda() else { return };
+    for [m, n, k] in SHAPES {
+        let a_values = exact(m, k, Tile::Row, 2);
+        for b_tile in [Tile::Block, Tile::Row] {
+            let b_values = exact(n, k, b_tile, 3);
+            let quantize = |values: &[f32], tile| {
+                let x = upload(values, k, DType::F32, &device);
+                native::quantize(x, tile, ScaleFormat::PowerOfTwo).expect("a kernel")
+            };
+            let (a, b) = (quantize(&a_values, Tile::Row), quantize(&b_values, b_tile));
+            let expected = product(&a_values, &b_values, k);
+            let found = native::matmul_nt(&a, &b, DType::F32).expect("a kernel");
+            assert_eq!(found.dims(), [m, n]);
+            let found = download(found);
+            for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let [row, column] = [at / n, at % n];
+                assert_eq!(
+                    found, expected,
+                    "{m} x {n} x {k}, {b_tile:?}: {row}, {column}"
+                );
+            }
+            let found = download(native::matmul_nt(&a, &b, DType::BF16).expect("a kernel"));
+            let rounded = |x: &f32| bf16::from_f32(*x).to_f32();
+            let expected: Vec<f32> = expected.iter().map(rounded).collect();
+            assert!(found == expected, "{m} x {n} x {k}, {b_tile:?} in bf16");
+        }
+    }
+}
+
+#[test]
+fn products_are_as_precise_as_the_tensor_cores() {
+    let Some(device) = cuda() else { return };
+    let [m, n, k] = [256, 384, 4096];
+    let (a, b): (Vec<f32>, Vec<f32>) = (noise(m * k, 4).collect(), noise(n * k, 5).collect());
+    let format = ScaleFormat::Float32;
+    let quantize = |values: &[f32], tile| {
+        native::quantize(upload(values, k, DType::F32, &device), tile, format).expect("a kernel")
+    };
+    let (a, b) = (quantize(&a, Tile::Row), quantize(&b, Tile::Block));
+    let numbers = |of: &Quantized| {
+        let (codes, scales) = parts(of);
+        dequantize(&codes, k, of.tile, &scales)
+    };
+    let (a_values, b_values) = (numbers(&a), numbers(&b));
+    let expected = product(&a_values, &b_values, k);
+    let found = download(native::matmul_nt(&a, &b, DType::F32).expect("a kernel"));
+    for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let (a, b) = (&a_values[at / n * k..][..k], &b_values[at % n * k..][..k]);
+        // A tensor core aligns the 32 products of an instruction and the sum so far to the largest of them and keeps
+        // thirteen bits of fraction or more (report, section 3.3.2: "around 14 bits"). An instruction is so wrong by
+        // at most 33 units of 2^-13 of the largest, which is at most all that were summed since the last promotion.
+        let bound: f32 = a
+            .chunks(TILE)
+            .zip(b.chunks(TILE))
+            .map(|(a, b)| a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum::<f32>())
+            .map(|magnitudes| 4.0 * 33.0 / 8192.0 * magnitudes)
+            .sum();
+        assert!(
+            (found - expected).abs() <= bound,
+            "{at}: {found}, expected {expected}"
+        );
+    }
+}
+
+#[test]
+fn what_is_not_finite_reaches_its_row_alone() {
+    let Some(device) = cuda() else { return };
+    let [m, n, k] = [130, 132, 300];
+    let mut a = exact(m, k, Tile::Row, 6);
+    a[100 * k + 299] = f32::INFINITY;
+    let b = exact(n, k, Tile::Block, 7);
+    let quantize = |values: &[f32], tile| {
+        let x = upload(values, k, DType::F32, &device);
+        native::quantize(x, tile, ScaleFormat::PowerOfTwo).expect("a kernel")
+    };
+    let (a, b) = (quantize(&a, Tile::Row), quantize(&b, Tile::Block));
+    let found = download(native::matmul_nt(&a, &b, DType::F32).expect("a kernel"));
+    for (row, found) in found.chunks(n).enumerate() {
+        assert!(
+            found.iter().all(|x| x.is_nan() == (row == 100)),
+            "row {row}"
+        );
+    }
+}

@@ -1,0 +1,175 @@
+//! The matrix products' CUDA C++, run on the CPU: every index, copy, barrier, fragment and descriptor of the programs
+//! that a GPU gets, against exact sums. [`gpu.h`](emulated/gpu.h) is the GPU, as NVIDIA's documentation describes it.
+//!
+//! Needs a C++ compiler, named by `CXX` or `c++`. It says nothing of the hardware itself, nor of time.
+
+use std::{env, fs, path::Path, process::Command};
+
+use deepburn_kernels::cuda_source::{CudaSource, cuda_sources};
+
+/// M, N, K of even and odd N: less than a tile, edges of tiles, tails of the inner size, and a ring that comes round.
+const EVEN: [[usize; 3]; 5] = [
+    [1, 2, 128],
+    [7, 130, 129],
+    [129, 126, 384],
+    [200, 72, 100],
+    [65, 258, 1300],
+];
+const ODD: [[usize; 3]; 2] = [[7, 131, 129], [129, 127, 384]];
+
+#[test]
+fn hopper_with_wide_tiles_and_blocks() {
+    check("hopper multiply 128 f32x2, b in blocks", &EVEN);
+}
+
+#[test]
+fn hopper_with_narrow_tiles_and_rows() {
+    check("hopper multiply 64 f32x2, b in rows", &EVEN);
+    // More tiles of rows than are grouped.
+    check("hopper multiply 64 f32x2, b in rows", &[[2100, 130, 128]]);
+}
+
+#[test]
+fn portable_with_rows() {
+    check("portable multiply f32x2, b in rows", &EVEN);
+}
+
+#[test]
+fn portable_with_blocks_and_rows_of_odd_length() {
+    check("portable multiply f32x1, b in blocks", &ODD);
+}
+
+/// Compiles a kernel for the host and runs it for each of the sizes.
+#[track_caller]
+fn check(name: &str, sizes: &[[usize; 3]]) {
+    let sources = cuda_sources().expect("CubeCL accepts the kernels");
+    let source = sources
+        .iter()
+        .find(|source| source.name == name)
+        .expect("a kernel of this name");
+    // Asked for when the test runs: clones that share a build folder may share this binary.
+    let here = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    let here = Path::new(&here).join("tests/emulated");
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
+    fs::create_dir_all(&folder).expect("a folder under the target directory");
+    let file = folder.join(name.replace(|c: char| !c.is_ascii_alphanumeric(), "_"));
+    let text = host_program(source);
+    fs::write(file.with_extension("cpp"), text).expect("a file under the target directory");
+    let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_string());
+    let compiled = Command::new(&compiler)
+        .args(["-std=c++17", "-O2", "-w", "-pthread", "-I"])
+        .arg(here)
+        .arg("-o")
+        .args([file.clone(), file.with_extension("cpp")])
+        .output()
+        .unwrap_or_else(|error| panic!("the C++ compiler {compiler}: {error}"));
+    let log = String::from_utf8_lossy(&compiled.stderr);
+    assert!(compiled.status.success(), "{name}:\n{log}");
+    for size in sizes {
+        let run = Command::new(&file)
+            .args(size.map(|size| size.to_string()))
+            .output()
+            .expect("a program just compiled");
+        let found = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success(), "{name}, {size:?}: {found}");
+    }
+}
+
+/// A program that the host's compiler takes: without CUDA's headers, with calls for assembly.
+fn host_program(source: &CudaSource) -> String {
+    let lines = source.text.lines();
+    let text: Vec<&str> = lines.filter(|line| !line.starts_with("#include")).collect();
+    let text = text.join("\n");
+    let kernel = between(&text, &format!("__launch_bounds__({})", source.units), "(");
+    let shared = between(&text, "extern __shared__ ", "[]")
+        .rsplit(' ')
+        .next();
+    let shared = shared.expect("a name after the type");
+    let columns = source.name.strip_prefix("hopper multiply ");
+    let columns = columns.map_or(String::new(), |rest| {
+        format!("#define COLUMNS {}\n", between(rest, "", " "))
+    });
+    let b_tile_rows = if source.name.ends_with("blocks") {
+        128
+    } else {
+        1
+    };
+    let output = if source.name.contains("x2") {
+        "float_2"
+    } else {
+        "float"
+    };
+    format!(
+        "#include \"gpu.h\"\n\
+         alignas(1024) char {shared}[SHARED];\n\
+         char *const shared_memory = {shared};\n\
+         {}\n\
+         #define KERNEL {}\n#define THREADS {}\n#define B_TILE_ROWS {b_tile_rows}\n#define OUTPUT {output}\n{columns}\
+         #include \"product.h\"\n",
+        without_assembly(&text),
+        kernel.trim(),
+        source.units,
+    )
+}
+
+#[track_caller]
+fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
+    let rest = text.split_once(before).expect("what comes before").1;
+    rest.split_once(after).expect("what comes after").0
+}
+
+/// The program with every assembly statement replaced by a call of what it does.
+fn without_assembly(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("asm ") {
+        let (statement, tail) = after.split_once(");").expect("the end of a statement");
+        out.push_str(before);
+        out.push_str(&call(statement));
+        rest = tail;
+    }
+    out + rest
+}
+
+/// `volatile("code" : "=f"(result.i_0), .. : "r"(v1), .. : "memory"`
+fn call(statement: &str) -> String {
+    let (_, statement) = statement.split_once('"').expect("a string");
+    let (code, operands) = statement.split_once("\" :").expect("the end of the string");
+    let names = |output: bool| -> Vec<&str> {
+        let constraints = operands.split("\"(").zip(operands.split("\"(").skip(1));
+        constraints
+            .filter(|(constraint, _)| {
+                constraint
+                    .rsplit('"')
+                    .next()
+                    .is_some_and(|it| it.starts_with('=') == output)
+            })
+            .map(|(_, operand)| operand.split_once(')').map_or(operand, |(name, _)| name))
+            .collect()
+    };
+    let (outputs, inputs) = (names(true), names(false));
+    if code.contains("wgmma.mma_async") {
+        let addresses: Vec<String> = outputs.iter().map(|name| format!("&{name}")).collect();
+        let (addresses, count) = (addresses.join(", "), outputs.len());
+        let inputs = inputs.join(", ");
+        return format!(
+            "{{ float *out[] = {{{addresses}}}; gpu::wgmma_x4(out, {count}, {inputs}); }}"
+        );
+    }
+    let mut arguments = [outputs, inputs].concat().join(", ");
+    let function = match code {
+        _ if code.contains("cp.async.cg.shared.global") => "cp_async",
+        _ if code.contains("cp.async.commit_group") => "cp_async_commit_group",
+        _ if code.contains("cp.async.wait_group 1") => "cp_async_wait_group_1",
+        _ if code.contains("ldmatrix") && code.contains(".x4.") => "ldmatrix_x4",
+        _ if code.matches("mma.sync.aligned.m16n8k32").count() == 4 => "mma_m16n8k32_x4",
+        _ if code.contains("setmaxnreg") => "no_operation",
+        _ if code.contains("bfe.u64 at, at, 4, 14; or.b64") => {
+            let fields = code.rsplit(", ").next().expect("the last operand");
+            arguments += &format!(", {}", fields.trim_end_matches([';', ' ', '}']));
+            "descriptor"
+        }
+        _ => panic!("no emulation of {code}"),
+    };
+    format!("gpu::{function}({arguments});")
+}

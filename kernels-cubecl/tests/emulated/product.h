@@ -1,0 +1,69 @@
+// Runs a matrix product for the sizes M, N, K of the command line against the sums of the same numbers.
+//
+// Codes are integers from -2 to 2 and scales powers of two, so that every sum is exact. What is beyond the inner size
+// in a row of codes is not zero, and must not count.
+int main(int, char **arguments) {
+    gpu::make_codes();
+    int m = std::atoi(arguments[1]), n = std::atoi(arguments[2]), k = std::atoi(arguments[3]);
+    int blocks = (k + 127) / 128;
+    struct Matrix {
+        long rows, pitch, tile_rows;
+        byte *codes;
+        std::vector<float> scales, values;
+    };
+    auto matrix = [&](long rows, long pitch, long tile_rows, unsigned state) {
+        auto *codes = static_cast<byte *>(std::aligned_alloc(128, (rows * pitch + 127) / 128 * 128));
+        std::memset(codes, 0x38, rows * pitch);
+        Matrix out{rows, pitch, tile_rows, codes, {}, {}};
+        auto random = [&](unsigned below) { return (state = state * 1664525 + 1013904223) >> 16, (state >> 16) % below; };
+        for (long i = 0; i < (rows + tile_rows - 1) / tile_rows * blocks; ++i)
+            out.scales.push_back(std::ldexp(1.0f, int(random(4)) - 2));
+        const byte integers[] = {0xc0, 0xb8, 0x00, 0x38, 0x40};
+        for (long row = 0; row < rows; ++row)
+            for (long i = 0; i < k; ++i) {
+                byte code = integers[random(5)];
+                codes[row * pitch + i] = code;
+                out.values.push_back(gpu::decoded[code] * out.scales[row / tile_rows * blocks + i / 128]);
+            }
+        return out;
+    };
+    Matrix a = matrix(m, blocks * 128, 1, 1), b = matrix(n, blocks * 128 + 16, B_TILE_ROWS, 2);
+
+    const float unwritten = -777, *end;
+    std::vector<float> y(long(m) * n + 64, unwritten);
+    auto *out = reinterpret_cast<OUTPUT *>(y.data());
+    float *a_scales = a.scales.data(), *b_scales = b.scales.data();
+    info_st info{};
+    unsigned *scalars = reinterpret_cast<unsigned *>(info.scalars_u32);
+    scalars[0] = m, scalars[1] = n, scalars[2] = k;
+#ifdef COLUMNS
+    auto map = [&](const Matrix &of, unsigned long long box) {
+        CUtensorMap map{};
+        map.opaque[0] = reinterpret_cast<unsigned long long>(of.codes);
+        map.opaque[1] = of.rows, map.opaque[2] = k, map.opaque[3] = of.pitch, map.opaque[4] = box;
+        return map;
+    };
+    static CUtensorMap a_map, b_map;
+    a_map = map(a, 128), b_map = map(b, COLUMNS);
+    unsigned tiles = (m + 127) / 128 * ((n + COLUMNS - 1) / COLUMNS);
+    gpu::run(tiles, 1, THREADS, [=] { KERNEL(a_map, a_scales, b_map, b_scales, out, nullptr, info); });
+#else
+    scalars[3] = a.pitch / 16, scalars[4] = b.pitch / 16;
+    auto *a_codes = reinterpret_cast<uint32_t_4 *>(a.codes), *b_codes = reinterpret_cast<uint32_t_4 *>(b.codes);
+    gpu::run((m + 127) / 128, (n + 127) / 128, THREADS,
+             [=] { KERNEL(a_codes, a_scales, b_codes, b_scales, out, info); });
+#endif
+    long wrong = 0;
+    for (long row = 0; row < m; ++row)
+        for (long column = 0; column < n; ++column) {
+            double expected = 0;
+            for (long i = 0; i < k; ++i) expected += double(a.values[row * k + i]) * b.values[column * k + i];
+            float found = y[row * n + column];
+            if (found != float(expected) && wrong++ == 0)
+                std::printf("element %ld, %ld is %g, expected %g\n", row, column, found, expected);
+        }
+    for (end = &y[long(m) * n]; end != y.data() + y.size(); ++end)
+        if (*end != unwritten) fail("an element beyond the result was written");
+    std::printf("%d x %d x %d: %ld wrong\n", m, n, k, wrong);
+    return wrong != 0;
+}

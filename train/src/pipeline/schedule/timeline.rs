@@ -1,0 +1,81 @@
+//! A schedule for given sizes: what each rank does, in order.
+
+use super::{
+    action::{Action, Transfer},
+    placement::Placement,
+};
+
+/// What every rank does with one batch.
+///
+/// Its parts are open, so that a timeline of any origin can be put to [`Timeline::validate`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Timeline {
+    /// Where the stages are.
+    pub placement: Placement,
+    /// How many micro-batches there are in each direction.
+    pub micro_batches: usize,
+    /// By rank.
+    pub ranks: Vec<RankSteps>,
+}
+
+/// What one rank does.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RankSteps {
+    /// In order.
+    pub steps: Vec<Step>,
+    /// The transfers to wait for at the end.
+    pub final_wait: Vec<Transfer>,
+}
+
+/// A wait, then an action.
+///
+/// The transfers of a batch are started together when the action before is done, in this order, and the rank goes
+/// on when all of them are: what NCCL calls a group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// What the action before has left to send, and what is received.
+    pub wait: Vec<Transfer>,
+    /// The computation.
+    pub action: Action,
+}
+
+impl Timeline {
+    /// The largest number of activations that each rank keeps at once, table 2's "activation".
+    ///
+    /// The unit is what one stage keeps of one micro-batch. It is kept from the start of F to the end of B, or where
+    /// B is split to the end of W. In an overlapped pair the forward pass's is added before the other's is dropped.
+    pub fn peak_activations(&self) -> Vec<usize> {
+        let peak = |rank: &RankSteps| {
+            let (mut kept, mut peak) = (0usize, 0);
+            for part in rank.steps.iter().flat_map(|step| step.action.parts()) {
+                match part {
+                    Action::Forward(_) => kept += 1,
+                    Action::Backward(_) | Action::BackwardWeight(_) => {
+                        kept = kept.saturating_sub(1);
+                    }
+                    Action::BackwardInput(_) | Action::Overlapped { .. } => (),
+                }
+                peak = peak.max(kept);
+            }
+            peak
+        };
+        self.ranks.iter().map(peak).collect()
+    }
+
+    /// The short names of what each rank does.
+    pub fn order(&self) -> Vec<Vec<String>> {
+        let names = |rank: &RankSteps| {
+            let steps = rank.steps.iter();
+            steps.map(|step| step.action.to_string()).collect()
+        };
+        self.ranks.iter().map(names).collect()
+    }
+}
+
+impl RankSteps {
+    /// The batches of transfers: one before each action, and the last.
+    pub fn waits(&self) -> impl Iterator<Item = &[Transfer]> {
+        let steps = self.steps.iter().map(|step| step.wait.as_slice());
+        steps.chain([self.final_wait.as_slice()])
+    }
+}
