@@ -181,7 +181,8 @@ fn zeros_have_a_scale_and_what_is_not_finite_spoils_its_tile() {
         let found = both(&matrix(row.clone(), row.len()), Tile::Row, format);
         let (scales, codes) = (values(&found.scales), codes(&found.codes));
         let least = Tile::Row.scale(0.0, format);
-        assert!(scales[0] == least && least >= 1e-4 / MAX && least < 4e-4 / MAX);
+        assert_eq!(scales[0], least);
+        assert!((1e-4 / MAX..4e-4 / MAX).contains(&least));
         assert!(codes[..TILE].iter().all(|&code| code == 0));
         assert!(scales[1].is_nan() && scales[2].is_nan());
         assert!(codes[TILE..3 * TILE].iter().all(|&code| code == 0x7f));
