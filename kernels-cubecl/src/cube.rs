@@ -88,5 +88,10 @@ pub(crate) fn wgpu() -> Device {
         !devices.is_empty(),
         "these tests need a wgpu adapter, and there is none: install a driver (Mesa's lavapipe needs no GPU)"
     );
-    Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
+    let device = Device::wgpu(burn::tensor::DeviceKind::DefaultDevice);
+    assert!(
+        device.supports_dtype(DType::F16),
+        "these tests need an adapter with f16, as Mesa's lavapipe is, and {device:?} is not"
+    );
+    device
 }

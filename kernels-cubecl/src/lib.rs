@@ -24,6 +24,8 @@
 pub mod attention;
 pub mod cross_entropy;
 mod cube;
+#[cfg(feature = "cuda")]
+pub mod cuda_source;
 mod flex;
 pub mod fp8;
 mod gemm;

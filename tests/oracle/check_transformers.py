@@ -27,13 +27,17 @@ from safetensors.torch import load_file
 TOLERANCE = 2e-5
 
 
-def load_model(directory):
+def is_quantized(directory):
+    return "quantization_config" in json.loads((directory / "config.json").read_text())
+
+
+def load_model(directory, **more):
     """The model, and what is wrong with its checkpoint."""
     # FP8 weights are dequantised: without a GPU transformers cannot multiply them.
-    quantized = "quantization_config" in json.loads((directory / "config.json").read_text())
-    dequantize = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if quantized else {}
+    if is_quantized(directory):
+        more["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     model, info = transformers.DeepseekV3ForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **dequantize
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **more
     )
     first = model.config.num_hidden_layers
     layers = range(first, first + (getattr(model.config, "num_nextn_predict_layers", 0) or 0))
@@ -46,7 +50,8 @@ def load_model(directory):
     problems += [f"unexpected weight: {n}" for n in sorted(info["unexpected_keys"]) if not is_mtp(n)]
     problems += [f"weight of another shape: {m}" for m in sorted(map(str, info["mismatched_keys"]))]
     problems += [f"loading: {message}" for message in info.get("error_msgs") or []]
-    return model.float().eval(), problems
+    # What a quantised model refuses by itself.
+    return torch.nn.Module.float(model).eval(), problems
 
 
 def load_logits(path, vocab_size):

@@ -7,7 +7,13 @@
 
 pub mod e4m3;
 mod flex;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) mod kernel;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod launch;
 mod linear;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod native;
 mod reference;
 #[cfg(test)]
 mod tests;
