@@ -45,6 +45,9 @@ pub(crate) const EVERY: &[&str] = &["sm_80", "sm_89", "sm_90a"];
 /// If CubeCL refuses a kernel.
 pub fn cuda_sources() -> Result<Vec<CudaSource>, CompilationError> {
     let mut kernels = Kernels::new();
+    crate::routing::cuda::sources(&mut kernels)?;
+    crate::permute::cuda::sources(&mut kernels)?;
+    crate::grouped_gemm::cuda::sources(&mut kernels)?;
     crate::fp8::kernel::sources(&mut kernels)?;
     Ok(kernels.sources)
 }
@@ -58,6 +61,17 @@ pub(crate) struct Launch {
     pub(crate) cube: CubeDim,
     /// Whether indices are checked: `launch` or `launch_unchecked`.
     pub(crate) mode: ExecutionMode,
+}
+
+impl Launch {
+    /// That of a kernel for every architecture, whose indices are checked.
+    pub(crate) fn checked(cube: CubeDim) -> Self {
+        Self {
+            architectures: EVERY,
+            cube,
+            mode: ExecutionMode::Checked,
+        }
+    }
 }
 
 /// What is needed of a device to make programs for it, and the programs made.

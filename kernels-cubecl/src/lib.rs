@@ -16,8 +16,9 @@
 //! | [`cross_entropy::cross_entropy`] | native for f32, hand-written backward | reference | reference, Burn's autodiff |
 //! | [`rms_norm::rms_norm`] | native for f32, hand-written backward | reference | reference, Burn's autodiff |
 //! | [`swiglu::swiglu`] | native for f32, hand-written backward | reference | reference, Burn's autodiff |
-//! | [`fp8::quantize`], [`fp8::matmul_nt`] | native (f32), a constant of the backward pass | reference | reference |
-//! | [`fp8::linear`] | native for f32, hand-written backward | reference, forward only | reference, forward only |
+//! | [`fp8::quantize`] | native for f32, not differentiable | f32: one kernel | reference |
+//! | [`fp8::matmul_nt`] | native, not differentiable | CUDA: tensor cores; wgpu: reference | reference |
+//! | [`fp8::linear`] | f32, of the two above, with hand-written backward | as on Flex | reference, forward only |
 //!
 //! The crate knows sizes, groups and element types, and nothing of any model.
 

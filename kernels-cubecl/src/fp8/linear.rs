@@ -13,7 +13,7 @@ use burn::{
     tensor::{Int, Tensor},
 };
 
-use super::{Fp8Ops, ScaleFormat, Tile, matmul_nt, quantize};
+use super::{Fp8Ops, ScaleFormat, Tile, is_native, matmul_nt, quantize};
 use crate::grouped_gemm::reference::by_segment;
 
 /// `x W` with operands quantised on the way: `x` in rows' tiles, `W` in blocks.
@@ -23,7 +23,7 @@ use crate::grouped_gemm::reference::by_segment;
 /// are those of the unquantised product at the quantised operands: rounding
 /// itself counts as the identity.
 ///
-/// On Flex for f32; elsewhere only the forward pass, through [`quantize`] and [`matmul_nt`].
+/// For f32 on Flex and on CubeCL devices; elsewhere only the forward pass, through [`quantize`] and [`matmul_nt`].
 ///
 /// # Shapes
 /// - `x`: `[M, K]`, `weight`: `[K, N]`
@@ -34,7 +34,7 @@ use crate::grouped_gemm::reference::by_segment;
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, format: ScaleFormat) -> Tensor<2> {
     let ([_, inner], [other, _]) = (x.dims(), weight.dims());
     assert_eq!(inner, other, "inner sizes differ");
-    if crate::flex::is_native_f32(&x.device(), x.dtype()) {
+    if is_native(&x.device(), x.dtype()) {
         return Tensor::from_dispatch(Dispatch::fp8_linear(
             x.into_dispatch(),
             weight.into_dispatch(),
@@ -43,8 +43,8 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>, format: ScaleFormat) -> Tensor<2>
     }
     assert!(
         !x.device().is_autodiff(),
-        "gradients of FP8 products are computed on the CPU in f32, not on {:?}",
-        x.device()
+        "gradients of FP8 products are computed in f32, not in {:?}",
+        x.dtype()
     );
     let dtype = x.dtype();
     let x = quantize(x, Tile::Row, format);

@@ -5,6 +5,8 @@
 //! [`linear`] is what a layer calls: single precision in and out, quantised inside, all three of its products in FP8.
 //! [`e4m3`] and [`tiles`] are the same numbers on slices, for files.
 
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod cube;
 pub mod e4m3;
 mod flex;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
@@ -73,13 +75,18 @@ fn code_dtype(device: &Device) -> DType {
     }
 }
 
+/// Whether the native versions serve tensors of `dtype` on `device`.
+fn is_native(device: &Device, dtype: DType) -> bool {
+    crate::flex::is_native_f32(device, dtype) || crate::cube::is_native_f32(device, dtype)
+}
+
 /// Quantises a matrix.
 ///
 /// A tile's scale is its largest magnitude over 448 ([`Tile::scale`] has the rules for zeros and for the formats); codes
 /// are those nearest to `x / scale`, the even one of two. Tiles at the edges are smaller. A tile with an element that is
 /// not finite has the scale NaN and NaN for every code, so that the fault is seen in all that is computed of it.
 ///
-/// Not differentiable: a constant of the backward pass. Native on Flex for f32.
+/// Not differentiable: a constant of the backward pass. Native for f32 on Flex and on CubeCL devices.
 ///
 /// # Shapes
 /// - `x`: `[R, C]`
@@ -92,7 +99,7 @@ pub fn quantize(x: Tensor<2>, tile: Tile, format: ScaleFormat) -> Quantized {
         "a matrix without elements has no tiles"
     );
     let x = x.detach();
-    let (codes, scales) = if crate::flex::is_native_f32(&x.device(), x.dtype()) {
+    let (codes, scales) = if is_native(&x.device(), x.dtype()) {
         let (codes, scales) = Dispatch::fp8_quantize(x.into_dispatch(), tile, format);
         (Tensor::from_dispatch(codes), Tensor::from_dispatch(scales))
     } else {
@@ -108,7 +115,8 @@ pub fn quantize(x: Tensor<2>, tile: Tile, format: ScaleFormat) -> Quantized {
 /// The product `a b^T`, accumulated in single precision: the sum over each 128 of the inner size is multiplied with both
 /// scales and added to the result (report section 3.3.2, figure 7b).
 ///
-/// Not differentiable. Native on Flex.
+/// Not differentiable. Native on Flex; on CUDA one kernel for compute capability 9.0 and one for 8.9 and 12, and a panic
+/// that says so on others.
 ///
 /// # Shapes
 /// - `a`: `[M, K]` in rows' tiles, `b`: `[N, K]` in rows' tiles or blocks
@@ -124,7 +132,7 @@ pub fn matmul_nt(a: &Quantized, b: &Quantized) -> Tensor<2> {
         Tile::Row,
         "the left matrix is quantised in rows' tiles"
     );
-    if crate::flex::is_flex(&a.scales.device()) {
+    if is_native(&a.scales.device(), a.scales.dtype()) {
         Tensor::from_dispatch(Dispatch::fp8_matmul_nt(
             a.codes.clone().into_dispatch(),
             a.scales.clone().into_dispatch(),
@@ -137,7 +145,7 @@ pub fn matmul_nt(a: &Quantized, b: &Quantized) -> Tensor<2> {
     }
 }
 
-#[backend_extension(Flex, Autodiff)]
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
 pub(crate) trait Fp8Ops: burn::backend::Backend {
     fn fp8_quantize(
         x: FloatTensor<Self>,

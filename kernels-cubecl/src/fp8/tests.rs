@@ -231,10 +231,19 @@ proptest! {
     }
 }
 
-/// Each of the three products, from the definition: operands quantised, multiplied in double precision.
 #[test]
 fn gradients_are_products_of_quantised_operands() {
-    let device = Device::flex().autodiff();
+    three_products(Device::flex().autodiff());
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn on_wgpu_gradients_are_products_of_quantised_operands() {
+    three_products(crate::cube::wgpu().autodiff());
+}
+
+/// Each of the three products, from the definition: operands quantised, multiplied in double precision.
+fn three_products(device: Device) {
     let format = ScaleFormat::Float32;
     let (m, k, n) = (150, 140, 270);
     let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device);

@@ -1,6 +1,8 @@
 //! One matrix product per expert over contiguous segments of rows.
 
 mod backward;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod flex;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod kernel;

@@ -1,6 +1,8 @@
 //! Moving tokens into expert order and back.
 
 mod backward;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod flex;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod kernel;

@@ -2,6 +2,8 @@
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod backward;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod flex;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod kernel;

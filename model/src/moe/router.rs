@@ -9,7 +9,7 @@ use burn::{
     module::{Module, Param},
     tensor::{DType, Int, Tensor, activation::sigmoid},
 };
-use deepburn_kernels::routing::{GroupLimit, select_experts};
+use deepburn_kernels::routing::{GroupLimit, Weighting, route};
 
 use crate::{config::ModelConfig, init::Initializer};
 
@@ -22,8 +22,8 @@ pub struct Router {
     pub e_score_correction_bias: Param<Tensor<1>>,
     #[module(skip)]
     limit: GroupLimit,
-    norm_topk_prob: bool,
-    routed_scaling_factor: f64,
+    #[module(skip)]
+    weighting: Weighting,
 }
 
 /// How tokens were routed.
@@ -52,8 +52,10 @@ impl Router {
                 groups: config.n_group,
                 groups_per_token: config.topk_group,
             },
-            norm_topk_prob: config.norm_topk_prob,
-            routed_scaling_factor: config.routed_scaling_factor,
+            weighting: Weighting {
+                normalised: config.norm_topk_prob,
+                scale: config.routed_scaling_factor,
+            },
         }
     }
 
@@ -65,22 +67,13 @@ impl Router {
         let dtype = x.dtype();
         let logits = single(x).matmul(single(self.weight.val()));
         let affinity = sigmoid(logits.clone());
-        let bias = self.e_score_correction_bias.val().detach();
-        let choice = affinity.clone().detach() + bias.unsqueeze_dim(0);
-        let chosen = select_experts(choice, self.limit);
-        let weights = affinity.clone().gather(1, chosen.clone());
-        let weights = if self.norm_topk_prob {
-            // As upstream: the constant keeps the division defined when all affinities vanish.
-            weights.clone() / (weights.sum_dim(1) + 1e-20)
-        } else {
-            weights
-        };
-        let weights = (weights * self.routed_scaling_factor).cast(dtype);
+        let bias = self.e_score_correction_bias.val();
+        let routed = route(logits.clone(), bias, self.limit, self.weighting);
         Routing {
             logits,
             affinity,
-            chosen,
-            weights,
+            chosen: routed.chosen,
+            weights: routed.weights.cast(dtype),
         }
     }
 }

@@ -82,6 +82,12 @@ fn capability(client: &Client) -> Option<u32> {
     fingerprint.strip_prefix("ptx_sm")?.parse().ok()
 }
 
+/// Whether a tensor is on a CUDA device.
+#[cfg(feature = "cuda")]
+pub(crate) fn is_cuda(tensor: &CubeTensor) -> bool {
+    capability(&tensor.client).is_some()
+}
+
 /// A matrix's shape, which kernels can index.
 fn matrix(what: &'static str, tensor: &CubeTensor) -> Result<[usize; 2], Unsupported> {
     let shape = tensor.shape();
