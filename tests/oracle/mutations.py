@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Break the code in the ways that are easy to get wrong, one at a time, and see which tests notice.
 
     python tests/oracle/mutations.py [--only REGEX] [--out tests/oracle/results/mutations.md]
