@@ -1,11 +1,11 @@
 """Speed of PyTorch with transformers at the shape of configs/model/bench-24m.json: the peer of train_step.rs.
 
-    python benches/peer_torch.py [--threads 2]
+    python benches/peer_torch.py [--threads 2] [--experts default|grouped_mm]
 
 The same measurement: a training step is forward, backward, clipping and fused AdamW on 8 x 256 tokens; decoding is
 greedy with a cache after a 32-token prompt. Medians after warming up, in float32 on the CPU. Attention by
-scaled_dot_product_attention; experts as transformers implements them by default and, where it has them, by grouped
-matrix products: the better counts.
+scaled_dot_product_attention; experts as transformers implements them by default, or by grouped matrix products.
+peer.py runs both beside Deepburn.
 """
 
 import argparse
@@ -71,22 +71,14 @@ def decoding(model, batch):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--experts", choices=["default", "grouped_mm"], default="default")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
-    best = {}
-    for experts in [None, "grouped_mm"]:
-        try:
-            model = build(experts)
-            found = {"training": training(model)}
-            found |= {f"decoding, batch {batch}": decoding(model, batch) for batch in (1, 8)}
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            print(f"experts {experts or 'default'}: {error}")
-            continue
-        for name, rate in found.items():
-            print(f"experts {experts or 'default'}: {name}: {rate:.0f} tokens/s")
-            best[name] = max(rate, best.get(name, 0))
-    for name, rate in best.items():
-        print(f"best {name}: {rate:.0f} tokens/s")
+    model = build(None if arguments.experts == "default" else arguments.experts)
+    print(f"training: {training(model):.0f} tokens/s")
+    for batch in (1, 8):
+        print(f"decoding, batch {batch}: {decoding(model, batch):.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -227,6 +227,47 @@ fn changed_tokenizer_cases_fail_by_name() {
 }
 
 #[test]
+fn changed_references_in_fp8_fail_by_name() {
+    let dir = copy("tiny-fp8");
+    // These need no checkpoint.
+    fs::remove_file(dir.path().join("reference.safetensors")).unwrap();
+    fs::remove_file(dir.path().join("config.json")).unwrap();
+    let path = dir.path().join("fp8_linear.safetensors");
+    let mut changed = tensors(&path);
+    // The lowest bit of a code; for floats one of the mantissa, of 2^-3 of the number.
+    let names = [
+        "aligned.x_q",
+        "tail.w_dequant",
+        "tail.x_scale",
+        "tail.y_w8a8",
+    ];
+    for (name, (at, bit)) in names.into_iter().zip([(0, 1), (2, 16), (2, 16), (2, 16)]) {
+        changed.get_mut(name).unwrap().2[at] ^= bit;
+    }
+    write(&path, &changed);
+    let (json, _) = ends(1, dir.path(), &["--json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let rows = rows(&json).into_iter();
+    let failed: Vec<String> = rows
+        .filter_map(|(_, name, passes)| (!passes).then_some(name))
+        .collect();
+    assert_eq!(failed, names);
+
+    for (shape, problem) in [
+        (vec![200 * 384], "expected a matrix with elements, found"),
+        (
+            vec![384, 200],
+            "aligned.w_scale_inv: expected F32 [3, 2], found F32 [2, 3]",
+        ),
+    ] {
+        changed.get_mut("aligned.w").unwrap().1 = shape;
+        write(&path, &changed);
+        let (_, error) = ends(1, dir.path(), &[]);
+        assert!(error.contains(problem), "{error}");
+    }
+}
+
+#[test]
 fn nothing_to_verify_is_told_with_its_own_code() {
     let dir = tempfile::tempdir().unwrap();
     let (_, error) = ends(2, dir.path(), &[]);
