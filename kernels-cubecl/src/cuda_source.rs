@@ -49,6 +49,7 @@ pub fn cuda_sources() -> Result<Vec<CudaSource>, CompilationError> {
     crate::permute::cuda::sources(&mut kernels)?;
     crate::grouped_gemm::cuda::sources(&mut kernels)?;
     crate::fp8::kernel::sources(&mut kernels)?;
+    crate::mla_decode::kernel::sources(&mut kernels)?;
     Ok(kernels.sources)
 }
 

@@ -1,6 +1,6 @@
 //! The FP8 kernels on a CUDA device, against the functions on slices and exact sums.
 
-use burn::tensor::{DType, Device, DeviceType, Tensor, TensorData, bf16};
+use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData, bf16};
 use deepburn_kernels::fp8::{
     Quantized, ScaleFormat, TILE, Tile, native,
     tiles::{self, dequantize},
@@ -128,6 +128,43 @@ fn quantisation_is_that_of_slices_bit_for_bit() {
 }
 
 #[test]
+fn normalised_rows_are_quantised_as_their_values_would_be() {
+    let Some(device) = cuda() else { return };
+    for [rows, columns] in [[1, 1], [5, 384], [130, 131], [3, 7168]] {
+        for dtype in [DType::F32, DType::BF16] {
+            let x: Vec<f32> = noise(rows * columns, 8).collect();
+            let weight: Vec<f32> = noise(columns, 9).map(|x| 1.5 + x).collect();
+            let (x, weight) = (
+                upload(&x, columns, dtype, &device),
+                upload(&weight, columns, dtype, &device).reshape([columns]),
+            );
+            let (values, weights) = (
+                download(x.clone()),
+                download(weight.clone().reshape([1, -1])),
+            );
+            let found = native::rms_norm_quantize(x, weight, 1e-6, ScaleFormat::PowerOfTwo);
+            let (codes, scales) = parts(&found.expect("a kernel"));
+            let found = dequantize(&codes, columns, Tile::Row, &scales);
+            let across = columns.div_ceil(TILE);
+            for (at, found) in found.into_iter().enumerate() {
+                let (row, column) = (at / columns, at % columns);
+                let squares = values[row * columns..][..columns].iter();
+                let mean = squares.map(|&x| f64::from(x).powi(2)).sum::<f64>() / columns as f64;
+                let expected = f64::from(values[at]) / (mean + 1e-6).sqrt();
+                let expected = (expected * f64::from(weights[column])) as f32;
+                // Half a step of the codes, and what rounds differently.
+                let scale = scales[row * across + column / TILE];
+                let bound = 0.501 * (scale / 512.0).max(expected.abs() / 8.0);
+                assert!(
+                    (found - expected).abs() <= bound,
+                    "{at} of {columns} columns in {dtype:?}: {found}, expected {expected}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn products_of_small_integers_are_exact() {
     let Some(device) = cuda() else { return };
     for [m, n, k] in SHAPES {
@@ -154,6 +191,48 @@ fn products_of_small_integers_are_exact() {
             let rounded = |x: &f32| bf16::from_f32(*x).to_f32();
             let expected: Vec<f32> = expected.iter().map(rounded).collect();
             assert!(found == expected, "{m} x {n} x {k}, {b_tile:?} in bf16");
+        }
+    }
+}
+
+#[test]
+fn products_of_experts_segments_are_exact() {
+    let Some(device) = cuda() else { return };
+    let (k, format) = (400, ScaleFormat::PowerOfTwo);
+    // Matrices that end in the middle of a block and those that do not, empty segments, and tiles behind the last.
+    for n in [72, 130, 256] {
+        let counts = [0, 200, 1, 0, 128, 0];
+        let rows = 6 * TILE;
+        let a_values = exact(rows, k, Tile::Row, 10);
+        let a = upload(&a_values, k, DType::F32, &device);
+        let a = native::quantize(a, Tile::Row, format).expect("a kernel");
+        let matrices: Vec<_> = (0..counts.len())
+            .map(|expert| exact(n, k, Tile::Block, 11 + expert as u32))
+            .collect();
+        let quantized: Vec<_> = matrices
+            .iter()
+            .map(|matrix| {
+                let matrix = upload(matrix, k, DType::F32, &device);
+                native::quantize(matrix, Tile::Block, format).expect("a kernel")
+            })
+            .collect();
+        let b = Quantized {
+            codes: Tensor::cat(quantized.iter().map(|it| it.codes.clone()).collect(), 0),
+            scales: Tensor::cat(quantized.iter().map(|it| it.scales.clone()).collect(), 0),
+            tile: Tile::Block,
+        };
+        let segments = Tensor::<1, Int>::from_data(counts, &device);
+        let found = native::grouped_matmul_nt(&a, &b, segments, DType::F32).expect("a kernel");
+        assert_eq!(found.dims(), [rows, n]);
+        let mut expected = Vec::new();
+        for (&count, matrix) in counts.iter().zip(&matrices) {
+            let from = expected.len() / n * k;
+            let rows = (count as usize).next_multiple_of(TILE);
+            expected.extend(product(&a_values[from..][..rows * k], matrix, k));
+        }
+        expected.resize(rows * n, 0.0);
+        for (at, (found, expected)) in download(found).iter().zip(&expected).enumerate() {
+            assert_eq!(found, expected, "{n} columns: {}, {}", at / n, at % n);
         }
     }
 }

@@ -39,9 +39,36 @@ fn portable_with_blocks_and_rows_of_odd_length() {
     check("portable multiply f32x1, b in blocks", &ODD);
 }
 
+/// M, N, K and the rows of every expert's segment, padded to tiles of 128: empty ones everywhere, more tiles than the
+/// segments need, one that is not full, matrices that end in the middle of a block.
+const GROUPED: [&[usize]; 4] = [
+    &[640, 130, 300, 0, 100, 0, 0, 257, 0],
+    &[384, 258, 100, 128, 0, 128],
+    &[200, 64, 129, 0, 5, 72],
+    &[130, 2, 128, 0, 0],
+];
+const GROUPED_ODD: [&[usize]; 2] = [&[512, 131, 129, 1, 0, 200], &[128, 1, 1, 0, 1]];
+
+#[test]
+fn hopper_with_wide_tiles_and_experts() {
+    check("hopper multiply 128 f32x2, b in experts' blocks", &GROUPED);
+}
+
+#[test]
+fn hopper_with_narrow_tiles_and_experts() {
+    check("hopper multiply 64 f32x2, b in experts' blocks", &GROUPED);
+}
+
+#[test]
+fn portable_with_experts() {
+    check("portable multiply f32x2, b in experts' blocks", &GROUPED);
+    let name = "portable multiply f32x1, b in experts' blocks";
+    check(name, &GROUPED_ODD);
+}
+
 /// Compiles a kernel for the host and runs it for each of the sizes.
 #[track_caller]
-fn check(name: &str, sizes: &[[usize; 3]]) {
+fn check(name: &str, sizes: &[impl AsRef<[usize]>]) {
     let sources = cuda_sources().expect("CubeCL accepts the kernels");
     let source = sources
         .iter()
@@ -66,8 +93,9 @@ fn check(name: &str, sizes: &[[usize; 3]]) {
     let log = String::from_utf8_lossy(&compiled.stderr);
     assert!(compiled.status.success(), "{name}:\n{log}");
     for size in sizes {
+        let size = size.as_ref();
         let run = Command::new(&file)
-            .args(size.map(|size| size.to_string()))
+            .args(size.iter().map(|size| size.to_string()))
             .output()
             .expect("a program just compiled");
         let found = String::from_utf8_lossy(&run.stdout);
@@ -94,6 +122,11 @@ fn host_program(source: &CudaSource) -> String {
     } else {
         1
     };
+    let grouped = if source.name.contains("experts") {
+        "#define GROUPED\n"
+    } else {
+        ""
+    };
     let output = if source.name.contains("x2") {
         "float_2"
     } else {
@@ -104,7 +137,8 @@ fn host_program(source: &CudaSource) -> String {
          alignas(1024) char {shared}[SHARED];\n\
          char *const shared_memory = {shared};\n\
          {}\n\
-         #define KERNEL {}\n#define THREADS {}\n#define B_TILE_ROWS {b_tile_rows}\n#define OUTPUT {output}\n{columns}\
+         #define KERNEL {}\n#define THREADS {}\n#define B_TILE_ROWS {b_tile_rows}\n#define OUTPUT {output}\n\
+         {columns}{grouped}\
          #include \"product.h\"\n",
         without_assembly(&text),
         kernel.trim(),

@@ -80,6 +80,93 @@ pub(crate) fn multiply<O: Float, W: Size, D: Size>(
     k: u32,
     #[comptime] shape: Shape,
 ) {
+    let part = Part::of_cube(m, n, k, comptime!(shape.columns));
+    multiply_part::<O, W, D>(a, a_scales, b, b_scales, y, m, n, k, part, shape);
+}
+
+/// As [`multiply`], every tile of 128 rows of A with the matrix of its expert: B is the experts' matrices of `n` rows
+/// one below another, in blocks of every matrix by itself. Zeros for tiles of no expert, whose number is `experts`.
+#[cube(launch_unchecked)]
+pub(crate) fn multiply_grouped<O: Float, W: Size, D: Size>(
+    a: &TensorMap<u8, Tiled>,
+    a_scales: &[f32],
+    b: &TensorMap<u8, Tiled>,
+    b_scales: &[f32],
+    tile_experts: &[u32],
+    y: &mut [Vector<O, W>],
+    m: u32,
+    n: u32,
+    k: u32,
+    experts: u32,
+    #[comptime] shape: Shape,
+) {
+    let part = Part::of_cube(m, n, k, comptime!(shape.columns));
+    let expert = tile_experts[(part.first_row / ROWS) as usize];
+    let part = part.of_expert(expert, experts, n);
+    multiply_part::<O, W, D>(a, a_scales, b, b_scales, y, m, n, k, part, shape);
+}
+
+/// What a cube computes, and of what.
+#[derive(CubeType, Clone, Copy)]
+struct Part {
+    /// Of the result.
+    first_row: u32,
+    first_column: u32,
+    /// Row of B's codes, and of its scales in blocks, that the first column is of.
+    b_row: u32,
+    b_block: u32,
+    /// Blocks of the inner size to sum.
+    blocks: u32,
+}
+
+#[cube]
+impl Part {
+    /// Cubes go down GROUP tiles of rows before they go on to the next tile of columns.
+    fn of_cube(m: u32, n: u32, k: u32, #[comptime] columns: u32) -> Part {
+        let (tiles_down, tiles_across) = (m.div_ceil(ROWS), n.div_ceil(columns));
+        let cube = CUBE_POS_X;
+        let group = cube / (GROUP * tiles_across) * GROUP;
+        let group_height = min(tiles_down - group, GROUP);
+        let within = cube % (GROUP * tiles_across);
+        let first_column = within / group_height * columns;
+        Part {
+            first_row: (group + within % group_height) * ROWS,
+            first_column,
+            b_row: first_column,
+            b_block: first_column / TILE,
+            blocks: k.div_ceil(TILE),
+        }
+    }
+
+    /// The same rows and columns with the matrix of an expert; no block to sum if there is no such expert.
+    fn of_expert(self, expert: u32, experts: u32, n: u32) -> Part {
+        let some = expert < experts;
+        let matrix = select(some, expert, 0u32);
+        Part {
+            first_row: self.first_row,
+            first_column: self.first_column,
+            b_row: matrix * n + self.first_column,
+            b_block: matrix * n.div_ceil(TILE) + self.first_column / TILE,
+            blocks: select(some, self.blocks, 0u32),
+        }
+    }
+}
+
+#[cube]
+fn multiply_part<O: Float, W: Size, D: Size>(
+    a: &TensorMap<u8, Tiled>,
+    a_scales: &[f32],
+    b: &TensorMap<u8, Tiled>,
+    b_scales: &[f32],
+    y: &mut [Vector<O, W>],
+    m: u32,
+    n: u32,
+    k: u32,
+    part: Part,
+    #[comptime] shape: Shape,
+) {
+    let (first_row, first_column) = (part.first_row, part.first_column);
+    let blocks = k.div_ceil(TILE);
     let (stages, columns) = comptime!((shape.stages, shape.columns));
     let sums_of_a_unit = D::value().comptime();
     let a_bytes = comptime!((ROWS * TILE) as usize);
@@ -102,29 +189,19 @@ pub(crate) fn multiply<O: Float, W: Size, D: Size>(
     }
     sync_cube();
 
-    // Cubes go down GROUP tiles of rows before they go on to the next tile of columns.
-    let (tiles_down, tiles_across) = (m.div_ceil(ROWS), n.div_ceil(columns));
-    let cube = CUBE_POS_X;
-    let group = cube / (GROUP * tiles_across) * GROUP;
-    let group_height = min(tiles_down - group, GROUP);
-    let within = cube % (GROUP * tiles_across);
-    let first_row = (group + within % group_height) * ROWS;
-    let first_column = within / group_height * columns;
-    let blocks = k.div_ceil(TILE);
-
     if UNIT_POS < WARPGROUP {
         if comptime!(columns == 128) {
             give_registers_back();
         }
         // This unit's row of each matrix. Rows beyond a matrix take the last one's scale and are never written.
         let a_row = min(first_row + UNIT_POS, m - 1) * blocks;
-        let mut b_row = first_column / TILE * blocks;
+        let mut b_row = part.b_block * blocks;
         if comptime!(!shape.b_blocks) {
             b_row = min(first_column + UNIT_POS % columns, n - 1) * blocks;
         }
         let mut a_scale = a_scales[a_row as usize];
         let mut b_scale = b_scales[b_row as usize];
-        for block in 0..blocks {
+        for block in 0..part.blocks {
             let stage = block % stages;
             empty[stage as usize].wait_parity((block / stages % 2) ^ 1);
             a_scale_ring[(stage * ROWS + UNIT_POS) as usize] = a_scale;
@@ -143,7 +220,7 @@ pub(crate) fn multiply<O: Float, W: Size, D: Size>(
                 full[stage as usize].tma_load_2d(
                     b,
                     &mut b_ring[at..at + b_bytes],
-                    first_column as i32,
+                    part.b_row as i32,
                     (block * TILE) as i32,
                 );
                 full[stage as usize].arrive_and_expect_tx(1, comptime!((a_bytes + b_bytes) as u32));
@@ -173,7 +250,7 @@ pub(crate) fn multiply<O: Float, W: Size, D: Size>(
         for i in 0..sums_of_a_unit {
             sums[i] = 0.0f32;
         }
-        for block in 0..blocks {
+        for block in 0..part.blocks {
             let stage = block % stages;
             full[stage as usize].wait_parity(block / stages % 2);
             let mut upper = a_scale_ring[(stage * ROWS + row) as usize];

@@ -1,6 +1,8 @@
 //! FP8 on the device: quantisation for every device, matrix products for NVIDIA's tensor cores.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod grouped;
+#[cfg(feature = "cuda")]
 pub(crate) mod hopper;
 #[cfg(feature = "cuda")]
 pub(crate) mod portable;

@@ -39,6 +39,76 @@ pub(crate) fn multiply<O: Float, W: Size>(
     b_pitch: u32,
     #[comptime] b_blocks: bool,
 ) {
+    let part = Part {
+        b_row: CUBE_POS_Y * CUBE_TILE,
+        b_end: n,
+        b_block: CUBE_POS_Y,
+        depth: k,
+    };
+    multiply_part::<O, W>(
+        a, a_scales, b, b_scales, y, m, n, k, a_pitch, b_pitch, part, b_blocks,
+    );
+}
+
+/// As [`multiply`], every tile of 128 rows of A with the matrix of its expert: B is the experts' matrices of `n` rows
+/// one below another, in blocks of every matrix by itself. Zeros for tiles of no expert, whose number is `experts`.
+#[cube(launch_unchecked)]
+pub(crate) fn multiply_grouped<O: Float, W: Size>(
+    a: &[Vector<u32, Const<4>>],
+    a_scales: &[f32],
+    b: &[Vector<u32, Const<4>>],
+    b_scales: &[f32],
+    tile_experts: &[u32],
+    y: &mut [Vector<O, W>],
+    m: u32,
+    n: u32,
+    k: u32,
+    a_pitch: u32,
+    b_pitch: u32,
+    experts: u32,
+) {
+    let expert = tile_experts[CUBE_POS_X as usize];
+    let some = expert < experts;
+    let matrix = select(some, expert, 0u32);
+    let part = Part {
+        b_row: matrix * n + CUBE_POS_Y * CUBE_TILE,
+        b_end: (matrix + 1) * n,
+        b_block: matrix * n.div_ceil(TILE) + CUBE_POS_Y,
+        depth: select(some, k, 0u32),
+    };
+    multiply_part::<O, W>(
+        a, a_scales, b, b_scales, y, m, n, k, a_pitch, b_pitch, part, true,
+    );
+}
+
+/// What of B a cube multiplies with.
+#[derive(CubeType, Clone, Copy)]
+struct Part {
+    /// Row of the codes that the first column is of, and the end of its matrix.
+    b_row: u32,
+    b_end: u32,
+    /// Row of the scales in blocks that the first column is of.
+    b_block: u32,
+    /// Of the inner size, what is summed.
+    depth: u32,
+}
+
+#[cube]
+fn multiply_part<O: Float, W: Size>(
+    a: &[Vector<u32, Const<4>>],
+    a_scales: &[f32],
+    b: &[Vector<u32, Const<4>>],
+    b_scales: &[f32],
+    y: &mut [Vector<O, W>],
+    m: u32,
+    n: u32,
+    k: u32,
+    a_pitch: u32,
+    b_pitch: u32,
+    part: Part,
+    #[comptime] b_blocks: bool,
+) {
+    let (b_row, b_end, depth) = (part.b_row, part.b_end, part.depth);
     let (lane, warp) = (UNIT_POS % 32, UNIT_POS / 32);
     let first_row = CUBE_POS_X * CUBE_TILE;
     let first_column = CUBE_POS_Y * CUBE_TILE;
@@ -57,11 +127,11 @@ pub(crate) fn multiply<O: Float, W: Size>(
         sums[i] = 0.0f32;
     }
 
-    copy_tile(a, &mut a_stage, 0u32, 0u32, first_row, m, k, a_pitch);
-    copy_tile(b, &mut b_stage, 0u32, 0u32, first_column, n, k, b_pitch);
+    copy_tile(a, &mut a_stage, 0u32, 0u32, first_row, m, depth, a_pitch);
+    copy_tile(b, &mut b_stage, 0u32, 0u32, b_row, b_end, depth, b_pitch);
     commit_copies();
 
-    for block in 0..blocks {
+    for block in 0..depth.div_ceil(TILE) {
         let stage = block % STAGES;
         // Past the end nothing is copied, but the group is there to be counted.
         copy_tile(
@@ -71,7 +141,7 @@ pub(crate) fn multiply<O: Float, W: Size>(
             block + 1,
             first_row,
             m,
-            k,
+            depth,
             a_pitch,
         );
         copy_tile(
@@ -79,9 +149,9 @@ pub(crate) fn multiply<O: Float, W: Size>(
             &mut b_stage,
             (block + 1) % STAGES,
             block + 1,
-            first_column,
-            n,
-            k,
+            b_row,
+            b_end,
+            depth,
             b_pitch,
         );
         commit_copies();
@@ -93,7 +163,7 @@ pub(crate) fn multiply<O: Float, W: Size>(
             let row = first_row + warp_row + i as u32 * 8 + lane / 4;
             row_scales[i] = a_scales[(min(row, m - 1) * blocks + block) as usize];
             if comptime!(b_blocks) {
-                row_scales[i] *= b_scales[(CUBE_POS_Y * blocks + block) as usize];
+                row_scales[i] *= b_scales[(part.b_block * blocks + block) as usize];
             }
         }
         let mut column_scales = Array::<f32>::new(8usize);

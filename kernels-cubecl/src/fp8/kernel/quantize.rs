@@ -199,6 +199,90 @@ pub(crate) fn swiglu_quantize_rows<F: Float, C: Int, N: Size>(
     }
 }
 
+/// The sum of one number per unit, to all units of a cube of [`ROW_UNITS`], in an order that does not depend on time.
+#[cube]
+fn sum_of_cube(own: f32) -> f32 {
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(ROW_UNITS as usize));
+    sums[UNIT_POS as usize] = own;
+    sync_cube();
+    let mut active = comptime!(ROW_UNITS / 2).runtime();
+    while active > 0 {
+        if UNIT_POS < active {
+            let other = sums[(UNIT_POS + active) as usize];
+            sums[UNIT_POS as usize] += other;
+        }
+        sync_cube();
+        active /= 2;
+    }
+    sums[0]
+}
+
+/// [`quantize_rows`] of rows over their root mean square, times `weight`, computed in single precision. A cube has a
+/// row and reads it twice, for the squares of all of it and then for its tiles, the second time from the cache.
+#[cube(launch_unchecked)]
+pub(crate) fn rms_norm_quantize_rows<F: Float, C: Int, N: Size>(
+    x: &[Vector<F, N>],
+    weight: &[Vector<F, N>],
+    codes: &mut [Vector<C, N>],
+    scales: &mut [f32],
+    rows: u32,
+    columns: u32,
+    pitch: u32,
+    epsilon: f32,
+    floor: f32,
+    #[comptime] power_of_two: bool,
+    #[comptime] native: bool,
+) {
+    let row = CUBE_POS as u32;
+    if row >= rows {
+        terminate!();
+    }
+    let width = N::value().comptime();
+    let step = comptime!(ROW_UNITS * width as u32);
+    let mut squares = 0.0f32;
+    for column in range_stepped(UNIT_POS * width as u32, columns, step) {
+        let vector: Vector<f32, N> =
+            Vector::cast_from(x[(row * columns + column) as usize / width]);
+        #[unroll]
+        for j in 0..width {
+            let value = vector.extract(j);
+            squares += value * value;
+        }
+    }
+    let mean = sum_of_cube(squares) / f32::cast_from(columns);
+    let factor = 1.0f32 / (mean + epsilon).sqrt();
+
+    let across = columns.div_ceil(TILE);
+    for tiles in range_stepped(0u32, across, ROW_TILES) {
+        let tile = tiles + UNIT_POS / TILE_UNITS;
+        let first = tile * TILE;
+        let mut values = Array::<f32>::new(UNIT_ELEMENTS);
+        #[unroll]
+        for i in 0..comptime!(UNIT_ELEMENTS / width) {
+            let column = first + (i as u32 * TILE_UNITS + UNIT_POS % TILE_UNITS) * width as u32;
+            let mut vector = Vector::<f32, N>::zeroed();
+            let mut weights = Vector::<f32, N>::zeroed();
+            if column < columns {
+                vector = Vector::cast_from(x[(row * columns + column) as usize / width]);
+                weights = Vector::cast_from(weight[column as usize / width]);
+            }
+            #[unroll]
+            for j in 0..width {
+                let value = vector.extract(j) * factor * weights.extract(j);
+                // Zero beyond the row, whatever the factor is.
+                values[comptime!(i * width + j)] = select(column < columns, value, 0.0f32);
+            }
+        }
+        let (start, end) = (row * pitch + first, (row + 1) * pitch);
+        let scale = quantize_tile::<C, N>(&values, codes, start, end, floor, power_of_two, native);
+        if tile < across && UNIT_POS & (TILE_UNITS - 1) == 0 {
+            scales[(row * across + tile) as usize] = scale;
+        }
+        // The shared memory of these tiles has been read before that of the next is written.
+        sync_cube();
+    }
+}
+
 /// The largest of one number per unit, to all units of a cube of [`BLOCK_UNITS`].
 #[cube]
 fn largest_of_cube(own: u32) -> u32 {

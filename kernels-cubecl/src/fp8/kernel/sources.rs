@@ -4,10 +4,10 @@
 use burn::tensor::bf16;
 use cubecl::{
     CompilationError,
-    prelude::{CubeDim, ExecutionMode, Float},
+    prelude::{CubeDim, ExecutionMode, Float, Scalar},
 };
 
-use super::{hopper, portable, quantize::*};
+use super::{grouped, hopper, portable, quantize::*};
 use crate::cuda_source::{EVERY, Kernels, Launch, buffer};
 
 /// Architectures that convert to E4M3 in an instruction.
@@ -22,7 +22,13 @@ pub(crate) fn sources(kernels: &mut Kernels) -> Result<(), CompilationError> {
         products::<f32>(kernels, "f32", tiles, b_blocks)?;
         products::<bf16>(kernels, "bf16", tiles, b_blocks)?;
     }
-    Ok(())
+    let units = Launch::checked(CubeDim::new_1d(grouped::UNITS));
+    let int = i32::elem_type_native();
+    kernels.add("tile_experts", units, |settings, device, target| {
+        grouped::tile_experts::TileExperts::new(settings, device, target, buffer(), buffer(), int)
+    })?;
+    grouped_products::<f32>(kernels, "f32")?;
+    grouped_products::<bf16>(kernels, "bf16")
 }
 
 /// Adds the program of a kernel with its buffers, scalars, vector sizes and constants.
@@ -55,6 +61,12 @@ fn quantizations(kernels: &mut Kernels) -> Result<(), CompilationError> {
         add!(kernels, format!("swiglu_quantize_rows bf16, {how}"), on, ROW_UNITS,
             swiglu_quantize_rows::SwigluQuantizeRows<bf16, u8>,
             [buffer(), buffer(), buffer(), buffer(), (), (), (), (), 4, power_of_two, native])?;
+        add!(kernels, format!("rms_norm_quantize_rows bf16, {how}"), on, ROW_UNITS,
+            rms_norm_quantize_rows::RmsNormQuantizeRows<bf16, u8>,
+            [buffer(), buffer(), buffer(), buffer(), (), (), (), (), (), 4, power_of_two, native])?;
+        add!(kernels, format!("rms_norm_quantize_rows f32, {how}"), on, ROW_UNITS,
+            rms_norm_quantize_rows::RmsNormQuantizeRows<f32, u8>,
+            [buffer(), buffer(), buffer(), buffer(), (), (), (), (), (), 4, power_of_two, native])?;
         add!(kernels, format!("quantize_blocks f32, {how}"), on, BLOCK_UNITS, quantize_blocks::QuantizeBlocks<f32, u8>,
             [buffer(), buffer(), buffer(), (), (), (), (), 4, power_of_two, native])?;
         add!(kernels, format!("quantize_transposed bf16, {how}"), on, BLOCK_UNITS,
@@ -81,6 +93,22 @@ fn products<O: Float>(
         add!(kernels, format!("portable multiply {element}x{width}, b in {tiles}"), WARPS, portable::UNITS,
             portable::multiply::Multiply<O>,
             [buffer(), buffer(), buffer(), buffer(), buffer(), (), (), (), (), (), width, b_blocks])?;
+    }
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn grouped_products<O: Float>(kernels: &mut Kernels, element: &str) -> Result<(), CompilationError> {
+    for columns in [64, 128] {
+        let shape = hopper::shape(columns, true);
+        add!(kernels, format!("hopper multiply {columns} {element}x2, b in experts' blocks"), &["sm_90a"],
+            hopper::UNITS, hopper::multiply_grouped::MultiplyGrouped<O>,
+            [(), buffer(), (), buffer(), buffer(), buffer(), (), (), (), (), 2, columns as usize / 2, shape])?;
+    }
+    for width in [1, 2] {
+        add!(kernels, format!("portable multiply {element}x{width}, b in experts' blocks"), WARPS, portable::UNITS,
+            portable::multiply_grouped::MultiplyGrouped<O>,
+            [buffer(), buffer(), buffer(), buffer(), buffer(), buffer(), (), (), (), (), (), (), width])?;
     }
     Ok(())
 }

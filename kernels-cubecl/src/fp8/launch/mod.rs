@@ -10,9 +10,11 @@ use burn::{backend::TensorMetadata, tensor::DType};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 
+#[cfg(all(test, feature = "cuda", feature = "wgpu"))]
+pub(crate) use multiply::tile_experts;
 #[cfg(feature = "cuda")]
-pub(crate) use multiply::matmul_nt;
-pub(crate) use quantize::{quantize, quantize_transposed, swiglu_quantize};
+pub(crate) use multiply::{grouped_matmul_nt, matmul_nt};
+pub(crate) use quantize::{quantize, quantize_transposed, rms_norm_quantize, swiglu_quantize};
 
 /// Why no kernel was launched.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -117,7 +119,7 @@ fn fits(what: &'static str, elements: usize) -> Result<(), Unsupported> {
 fn expect_shape(
     what: &'static str,
     tensor: &CubeTensor,
-    expected: [usize; 2],
+    expected: &[usize],
 ) -> Result<(), Unsupported> {
     let found: Vec<usize> = tensor.shape().iter().copied().collect();
     match found == expected {

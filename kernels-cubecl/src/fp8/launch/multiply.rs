@@ -13,9 +13,12 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::{prelude::*, zspace::shape};
 
 use super::{Unsupported, aligned_rows, capability, expect_shape, fits, matrix};
-use crate::fp8::{
-    kernel::{hopper, portable},
-    tiles::{TILE, Tile},
+use crate::{
+    cube::{elem, empty},
+    fp8::{
+        kernel::{grouped, hopper, portable},
+        tiles::{TILE, Tile},
+    },
 };
 
 /// Codes in one copy of a kernel.
@@ -35,9 +38,71 @@ pub(crate) fn matmul_nt(
 ) -> Result<CubeTensor, Unsupported> {
     let [m, k] = codes("the left codes", &a_codes)?;
     let [n, _] = codes("the right codes", &b_codes)?;
-    expect_shape("the right codes", &b_codes, [n, k])?;
+    expect_shape("the right codes", &b_codes, &[n, k])?;
     let a_scales = scales("the left scales", a_scales, Tile::Row.scale_shape([m, k]))?;
     let b_scales = scales("the right scales", b_scales, b_tile.scale_shape([n, k]))?;
+    let operands = [a_codes, a_scales, b_codes, b_scales];
+    multiply(operands, [m, n, k], b_tile == Tile::Block, None, dtype)
+}
+
+/// The product of every expert's segment of rows of A with the transposed matrix of the expert; zero behind the last
+/// segment. Segments are padded to a multiple of 128 rows.
+///
+/// # Shapes
+/// - `a_codes`: `[S, K]`, `a_scales`: `[S, ceil(K / 128)]`
+/// - `b_codes`: `[E N, K]`, `b_scales`: `[E ceil(N / 128), ceil(K / 128)]`
+/// - `counts`: `[E]`, integers
+/// - result: `[S, N]`, of type `dtype`: f32 or bf16
+pub(crate) fn grouped_matmul_nt(
+    (a_codes, a_scales): (CubeTensor, CubeTensor),
+    (b_codes, b_scales): (CubeTensor, CubeTensor),
+    counts: CubeTensor,
+    dtype: DType,
+) -> Result<CubeTensor, Unsupported> {
+    let [m, k] = codes("the left codes", &a_codes)?;
+    let [rows, _] = codes("the right codes", &b_codes)?;
+    let experts = counts.shape().num_elements();
+    if experts == 0 {
+        return Err(Unsupported::Empty { what: "the counts" });
+    }
+    let n = rows.div_ceil(experts);
+    expect_shape("the right codes", &b_codes, &[experts * n, k])?;
+    let a_scales = scales("the left scales", a_scales, Tile::Row.scale_shape([m, k]))?;
+    let [down, across] = Tile::Block.scale_shape([n, k]);
+    let b_scales = scales("the right scales", b_scales, [experts * down, across])?;
+    let groups = (tile_experts(counts, m.div_ceil(TILE)), experts as u32);
+    let operands = [a_codes, a_scales, b_codes, b_scales];
+    multiply(operands, [m, n, k], true, Some(groups), dtype)
+}
+
+/// The expert of each of `tiles` tiles of 128 rows, the number of experts for those behind the last segment.
+///
+/// # Shapes
+/// - `counts`: `[E]`, i32, i64 or u32
+/// - result: `[tiles]`, u32
+pub(crate) fn tile_experts(counts: CubeTensor, tiles: usize) -> CubeTensor {
+    let out = empty(&counts, [tiles], DType::U32);
+    let (client, dtype) = (counts.client.clone(), elem(&counts));
+    let dim = CubeDim::new_1d(grouped::UNITS);
+    grouped::tile_experts::launch(
+        &client,
+        CubeCount::new_1d(tiles.div_ceil(grouped::UNITS as usize) as u32),
+        dim,
+        aligned_rows(counts).into_buffer_arg(),
+        out.clone().into_buffer_arg(),
+        dtype,
+    );
+    out
+}
+
+/// A product of operands that have been checked; `groups` are the expert of each tile and their number.
+fn multiply(
+    [a_codes, a_scales, b_codes, b_scales]: [CubeTensor; 4],
+    [m, n, k]: [usize; 3],
+    b_blocks: bool,
+    groups: Option<(CubeTensor, u32)>,
+    dtype: DType,
+) -> Result<CubeTensor, Unsupported> {
     fits("the product", m * n)?;
     if !matches!(dtype, DType::F32 | DType::BF16) {
         return Err(Unsupported::ElementType {
@@ -57,7 +122,8 @@ pub(crate) fn matmul_nt(
     );
     let product = Product {
         size: [m as u32, n as u32, k as u32],
-        b_blocks: b_tile == Tile::Block,
+        b_blocks,
+        groups,
         // Rows of an odd length start in the middle of a pair.
         width: if n.is_multiple_of(2) { 2 } else { 1 },
         client,
@@ -123,7 +189,7 @@ fn scales(
     scales: CubeTensor,
     expected: [usize; 2],
 ) -> Result<CubeTensor, Unsupported> {
-    expect_shape(what, &scales, expected)?;
+    expect_shape(what, &scales, &expected)?;
     if scales.dtype != DType::F32 {
         return Err(Unsupported::ElementType {
             what,
@@ -145,6 +211,8 @@ struct Product {
     /// M, N, K.
     size: [u32; 3],
     b_blocks: bool,
+    /// The expert of each tile of rows and the number of experts, of whose matrices each has N rows.
+    groups: Option<(CubeTensor, u32)>,
     /// Elements of the result that are written at once.
     width: usize,
 }
@@ -173,25 +241,48 @@ impl Product {
                 .with_swizzle(TensorMapSwizzle::B128)
                 .with_prefetch(TensorMapPrefetch::B256)
         };
-        // SAFETY: rows and columns beyond the matrices are neither read (the tensor memory accelerator writes zeros
-        // for them, scales are those of the last) nor written; loops are counted.
-        unsafe {
-            hopper::multiply::launch_unchecked::<O>(
-                &self.client,
-                CubeCount::Static(tiles(columns), 1, 1),
-                CubeDim::new_1d(hopper::UNITS),
-                self.width,
-                columns as usize / 2,
-                map(self.a_codes, hopper::ROWS as usize),
-                self.a_scales.into_buffer_arg(),
-                map(self.b_codes, columns as usize),
-                self.b_scales.into_buffer_arg(),
-                self.y.into_buffer_arg(),
-                m,
-                n,
-                k,
-                shape,
-            );
+        let count = CubeCount::Static(tiles(columns), 1, 1);
+        let dim = CubeDim::new_1d(hopper::UNITS);
+        let (a, b) = (
+            map(self.a_codes, hopper::ROWS as usize),
+            map(self.b_codes, columns as usize),
+        );
+        let (a_scales, b_scales) = (
+            self.a_scales.into_buffer_arg(),
+            self.b_scales.into_buffer_arg(),
+        );
+        let (client, width, sums) = (self.client, self.width, columns as usize / 2);
+        let y = self.y.into_buffer_arg();
+        match self.groups {
+            // SAFETY: rows and columns beyond the matrices are neither read (the tensor memory accelerator writes
+            // zeros for them, scales are those of the last) nor written; loops are counted.
+            None => unsafe {
+                hopper::multiply::launch_unchecked::<O>(
+                    &client, count, dim, width, sums, a, a_scales, b, b_scales, y, m, n, k, shape,
+                );
+            },
+            // SAFETY: as above. There is an expert for every tile of rows, and those that are none read the first's.
+            Some((tile_experts, experts)) => unsafe {
+                let tile_experts = tile_experts.into_buffer_arg();
+                hopper::multiply_grouped::launch_unchecked::<O>(
+                    &client,
+                    count,
+                    dim,
+                    width,
+                    sums,
+                    a,
+                    a_scales,
+                    b,
+                    b_scales,
+                    tile_experts,
+                    y,
+                    m,
+                    n,
+                    k,
+                    experts,
+                    shape,
+                );
+            },
         }
     }
 
@@ -203,26 +294,48 @@ impl Product {
             m.div_ceil(portable::CUBE_TILE),
             n.div_ceil(portable::CUBE_TILE),
         );
-        // SAFETY: copies start inside of the matrices and end with the row, scales and results beyond them are
-        // neither read nor written; loops are counted.
-        unsafe {
-            portable::multiply::launch_unchecked::<O>(
-                &self.client,
-                CubeCount::Static(down, across, 1),
-                CubeDim::new_1d(portable::UNITS),
-                self.width,
-                self.a_codes.into_buffer_arg(),
-                self.a_scales.into_buffer_arg(),
-                self.b_codes.into_buffer_arg(),
-                self.b_scales.into_buffer_arg(),
-                self.y.into_buffer_arg(),
-                m,
-                n,
-                k,
-                a_pitch,
-                b_pitch,
-                self.b_blocks,
-            );
+        let count = CubeCount::Static(down, across, 1);
+        let dim = CubeDim::new_1d(portable::UNITS);
+        let [a, a_scales, b, b_scales, y] = [
+            self.a_codes,
+            self.a_scales,
+            self.b_codes,
+            self.b_scales,
+            self.y,
+        ]
+        .map(CubeTensor::into_buffer_arg);
+        let (client, width, b_blocks) = (self.client, self.width, self.b_blocks);
+        match self.groups {
+            // SAFETY: copies start inside of the matrices and end with the row, scales and results beyond them are
+            // neither read nor written; loops are counted.
+            None => unsafe {
+                portable::multiply::launch_unchecked::<O>(
+                    &client, count, dim, width, a, a_scales, b, b_scales, y, m, n, k, a_pitch,
+                    b_pitch, b_blocks,
+                );
+            },
+            // SAFETY: as above. There is an expert for every tile of rows, and those that are none read the first's.
+            Some((tile_experts, experts)) => unsafe {
+                let tile_experts = tile_experts.into_buffer_arg();
+                portable::multiply_grouped::launch_unchecked::<O>(
+                    &client,
+                    count,
+                    dim,
+                    width,
+                    a,
+                    a_scales,
+                    b,
+                    b_scales,
+                    tile_experts,
+                    y,
+                    m,
+                    n,
+                    k,
+                    a_pitch,
+                    b_pitch,
+                    experts,
+                );
+            },
         }
     }
 }

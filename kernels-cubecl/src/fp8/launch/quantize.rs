@@ -16,7 +16,7 @@ use super::{Unsupported, aligned_rows, capability, expect_shape, fits, matrix};
 use crate::fp8::{
     kernel::quantize::{
         BLOCK_UNITS, ROW_TILES, ROW_UNITS, TRANSPOSED_COLUMNS, quantize_blocks, quantize_rows,
-        quantize_transposed as transposed, swiglu_quantize_rows,
+        quantize_transposed as transposed, rms_norm_quantize_rows, swiglu_quantize_rows,
     },
     tiles::{ScaleFormat, TILE, Tile},
 };
@@ -141,7 +141,7 @@ pub(crate) fn swiglu_quantize(
     format: ScaleFormat,
 ) -> Result<(CubeTensor, CubeTensor), Unsupported> {
     let [rows, columns] = matrix("the gates", &gate)?;
-    expect_shape("the factors of the gates", &up, [rows, columns])?;
+    expect_shape("the factors of the gates", &up, &[rows, columns])?;
     if up.dtype != gate.dtype {
         return Err(Unsupported::ElementType {
             what: "the factors of the gates",
@@ -185,6 +185,64 @@ pub(crate) fn swiglu_quantize(
         };
     }
     match (gate.dtype, out.codes.dtype) {
+        (DType::F32, DType::U8) => launch!(f32, u8),
+        (DType::F32, _) => launch!(f32, i32),
+        _ => launch!(bf16, u8),
+    }
+    Ok((out.codes, out.scales))
+}
+
+/// Codes and scales of `x / sqrt(mean(x^2) + epsilon) * weight`, the mean over each row, computed in single precision,
+/// in rows' tiles.
+///
+/// # Shapes
+/// - `x`: `[R, C]`, as for [`quantize`]; `weight`: `[C]`, of the same type
+/// - result: `[R, C]` and `[R, ceil(C / 128)]`
+pub(crate) fn rms_norm_quantize(
+    x: CubeTensor,
+    weight: CubeTensor,
+    epsilon: f32,
+    format: ScaleFormat,
+) -> Result<(CubeTensor, CubeTensor), Unsupported> {
+    let [rows, columns] = matrix("the matrix to normalise", &x)?;
+    expect_shape("the weight of the norm", &weight, &[columns])?;
+    if weight.dtype != x.dtype {
+        return Err(Unsupported::ElementType {
+            what: "the weight of the norm",
+            found: weight.dtype,
+            supported: "those of the matrix to normalise",
+        });
+    }
+    let (x, weight) = (aligned_rows(x), aligned_rows(weight));
+    let out = Quantized::empty(&x, [rows, columns], Tile::Row.scale_shape([rows, columns]))?;
+    let launch = Launch::new(&x, [rows, columns], &out, Tile::Row, format)?;
+    let width = width(&x, &[columns, out.pitch]).min(width(&weight, &[columns]));
+    let count = grid(&launch.client, rows);
+    macro_rules! launch {
+        ($float:ty, $code:ty) => {
+            // SAFETY: as in `quantize`.
+            unsafe {
+                rms_norm_quantize_rows::launch_unchecked::<$float, $code>(
+                    &launch.client,
+                    count,
+                    CubeDim::new_1d(ROW_UNITS),
+                    width,
+                    x.into_buffer_arg(),
+                    weight.into_buffer_arg(),
+                    out.codes.clone().into_buffer_arg(),
+                    out.scales.clone().into_buffer_arg(),
+                    launch.rows,
+                    launch.columns,
+                    launch.pitch,
+                    epsilon,
+                    launch.floor,
+                    launch.power_of_two,
+                    launch.native,
+                )
+            }
+        };
+    }
+    match (x.dtype, out.codes.dtype) {
         (DType::F32, DType::U8) => launch!(f32, u8),
         (DType::F32, _) => launch!(f32, i32),
         _ => launch!(bf16, u8),

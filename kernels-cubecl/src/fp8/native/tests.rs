@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, DeviceKind, Tensor, TensorData};
 
-use super::{Unsupported, quantize, quantize_transposed, swiglu_quantize};
+use super::{Unsupported, quantize, quantize_transposed, rms_norm_quantize, swiglu_quantize};
 use crate::fp8::{
     Quantized, e4m3,
     tiles::{self, ScaleFormat, TILE, Tile},
@@ -187,24 +187,114 @@ fn swiglu_is_quantised_as_its_result_would_be() {
         .collect();
     let format = ScaleFormat::Float32;
     let found = swiglu_quantize(matrix(&gate, columns), matrix(&up, columns), format);
-    let (codes, scales) = read(found.expect("a kernel"));
-    let expected_scales = tiles::scales(&product, columns, Tile::Row, format);
-    for (found, expected) in scales.iter().zip(&expected_scales) {
-        // The exponential, the sum, the quotient and the product round: a few parts in 2^23, or of what exponentials
-        // on devices are allowed (3 + 2 |x| units in the last place of them: 43 for 20).
-        assert!((found - expected).abs() <= 64.0 * f32::EPSILON * expected);
+    // The exponential, the sum, the quotient and the product round: a few parts in 2^23, or of what exponentials
+    // on devices are allowed (3 + 2 |x| units in the last place of them: 43 for 20).
+    check_nearly(
+        found.expect("a kernel"),
+        &product,
+        columns,
+        64.0 * f32::EPSILON,
+    );
+}
+
+/// As [`check`], of values that may be wrong by `precision`, a part of them.
+#[track_caller]
+fn check_nearly(quantized: Quantized, values: &[f32], columns: usize, precision: f32) {
+    let (codes, scales) = read(quantized);
+    let expected_scales = tiles::scales(values, columns, Tile::Row, ScaleFormat::Float32);
+    assert_eq!(scales.len(), expected_scales.len());
+    for (at, (found, expected)) in scales.iter().zip(&expected_scales).enumerate() {
+        assert!(
+            (found - expected).abs() <= precision * expected,
+            "scale {at} of {columns} columns: {found:e}, expected {expected:e}"
+        );
     }
     let found = tiles::dequantize(&codes, columns, Tile::Row, &scales);
     let step = |scale: f32, value: f32| (scale / 512.0).max(value.abs() / 8.0);
-    for (at, (found, expected)) in found.iter().zip(&product).enumerate() {
-        let scale = scales[at / columns * 3 + at % columns / TILE];
+    let across = columns.div_ceil(TILE);
+    for (at, (found, expected)) in found.iter().zip(values).enumerate() {
+        let scale = scales[at / columns * across + at % columns / TILE];
         // Half a step, and what rounds differently.
         let bound = 0.501 * step(scale, *expected);
         assert!(
             (found - expected).abs() <= bound,
-            "{at}: {found:e}, expected {expected:e}"
+            "{at} of {columns} columns: {found:e}, expected {expected:e}"
         );
     }
+}
+
+#[test]
+fn rms_norm_is_quantised_as_its_result_would_be() {
+    // Rows that a cube goes through at once and in two rounds, with and without vectors.
+    for (rows, columns) in [(1, 1), (7, 260), (5, 131), (3, 1300), (3, 1155)] {
+        let x = values(rows, columns);
+        let weight: Vec<f32> = values(1, columns)
+            .iter()
+            .map(|x| 1.0 + x.clamp(-0.9, 0.9))
+            .collect();
+        let epsilon = 1e-6;
+        let normalised: Vec<f32> = x
+            .chunks(columns)
+            .flat_map(|row| {
+                let squares = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
+                let root = (squares / columns as f64 + epsilon).sqrt();
+                let pairs = row.iter().zip(&weight);
+                pairs.map(move |(&x, &w)| (f64::from(x) / root * f64::from(w)) as f32)
+            })
+            .collect();
+        let found = rms_norm_quantize(
+            matrix(&x, columns),
+            Tensor::from_data(TensorData::new(weight, [columns]), &device()),
+            epsilon,
+            ScaleFormat::Float32,
+        );
+        // A unit adds at most 11 squares and the cube 7 times, which the root halves; then the root, its reciprocal
+        // (devices may be 2.5 and more units off in each) and two products round.
+        let found = found.expect("a kernel");
+        check_nearly(found, &normalised, columns, 32.0 * f32::EPSILON);
+    }
+}
+
+#[test]
+fn what_is_not_finite_spoils_its_row_of_a_norm_alone() {
+    let columns = 1300;
+    for fault in [f32::NAN, f32::INFINITY] {
+        let mut x = vec![1.0; 3 * columns];
+        x[columns + 1200] = fault;
+        let weight = Tensor::ones([columns], &device());
+        let found = rms_norm_quantize(matrix(&x, columns), weight, 1e-6, ScaleFormat::Float32);
+        let (_, scales) = read(found.expect("a kernel"));
+        for (at, scale) in scales.iter().enumerate() {
+            let (row, tile) = (at / 11, at % 11);
+            // All is zero beside infinity, over which it is divided.
+            let spoiled = row == 1 && (fault.is_nan() || tile == 1200 / TILE);
+            assert_eq!(scale.is_nan(), spoiled, "row {row}, tile {tile}, {fault}");
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn tiles_of_rows_belong_to_the_experts_of_their_segments() {
+    use burn::{backend::Cube, tensor::Int};
+
+    let found = |counts: &[i32], tiles: usize| {
+        let counts = Tensor::<1, Int>::from_data(counts, &device());
+        let counts = counts
+            .try_into_primitive::<Cube>()
+            .expect("a CubeCL device");
+        let experts = crate::fp8::launch::tile_experts(counts, tiles);
+        let experts = Tensor::<1, Int>::from_primitive::<Cube>(experts);
+        experts.into_data().iter::<i32>().collect::<Vec<_>>()
+    };
+    // With and without the rows that pad.
+    for counts in [[0, 1, 0, 0, 300, 128, 0], [0, 128, 0, 0, 384, 128, 0]] {
+        assert_eq!(found(&counts, 7), [1, 4, 4, 4, 5, 7, 7]);
+    }
+    assert_eq!(found(&[0, 0], 1), [2]);
+    assert_eq!(found(&[129], 2), [0, 0]);
+    let all = found(&[128; 200], 201);
+    assert!(all.into_iter().eq(0..201));
 }
 
 #[test]
@@ -221,5 +311,10 @@ fn what_no_kernel_serves_is_refused() {
     assert!(matches!(error, Unsupported::Device { .. }), "{error}");
     let (gate, up) = (matrix(&[1.0; 8], 4), matrix(&[1.0; 8], 8));
     let error = swiglu_quantize(gate, up, ScaleFormat::Float32).expect_err("other shapes");
+    assert!(matches!(error, Unsupported::Shape { .. }), "{error}");
+    let weight = Tensor::ones([5], &device());
+    let x = matrix(&[1.0; 8], 4);
+    let error = rms_norm_quantize(x, weight, 1e-6, ScaleFormat::Float32);
+    let error = error.expect_err("another width");
     assert!(matches!(error, Unsupported::Shape { .. }), "{error}");
 }
