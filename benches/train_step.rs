@@ -41,9 +41,9 @@ fn main() {
         count.total(),
         count.active()
     );
-    training(&config, &device);
+    rayon::scope(|_| training(&config, &device));
     for batch in [1, 8] {
-        decoding(&config, &model, batch, &device);
+        rayon::scope(|_| decoding(&config, &model, batch, &device));
     }
     let memory = memory_stats::memory_stats().map_or(0, |memory| memory.physical_mem);
     println!("memory of the process at the end: {} MiB", memory >> 20);

@@ -1,9 +1,12 @@
 //! The FP8 kernels on a CUDA device, against the functions on slices and exact sums.
 
-use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData, bf16};
-use deepburn_kernels::fp8::{
-    Quantized, ScaleFormat, TILE, Tile, native,
-    tiles::{self, dequantize},
+use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData, Tolerance, bf16};
+use deepburn_kernels::{
+    fp8::{
+        self, Quantized, ScaleFormat, TILE, Tile, native,
+        tiles::{self, dequantize},
+    },
+    permute::{Permutation, combine, permute},
 };
 
 /// Rows of both matrices and the inner size: one element, edges of warps' and cubes' tiles, tails of the inner size, one
@@ -234,6 +237,75 @@ fn products_of_experts_segments_are_exact() {
         for (at, (found, expected)) in download(found).iter().zip(&expected).enumerate() {
             assert_eq!(found, expected, "{n} columns: {}, {}", at / n, at % n);
         }
+    }
+}
+
+#[test]
+fn products_of_segments_of_the_inner_size_are_exact() {
+    let Some(device) = cuda() else { return };
+    let (counts, rows, format) = ([0, 200, 1, 0, 128, 0], 6 * TILE, ScaleFormat::PowerOfTwo);
+    for [m, n] in [[7, 130], [129, 72], [256, 384]] {
+        let [a_values, b_values] =
+            [(m, 20), (n, 21)].map(|(m, seed)| exact(m, rows, Tile::Row, seed));
+        let [a, b] = [&a_values, &b_values].map(|values| {
+            let matrix = upload(values, rows, DType::F32, &device);
+            native::quantize(matrix, Tile::Row, format).expect("a kernel")
+        });
+        let segments = Tensor::<1, Int>::from_data(counts, &device);
+        let found = native::segments_matmul_nt(&a, &b, segments, DType::F32).expect("a kernel");
+        assert_eq!(found.dims(), [counts.len() * m, n]);
+        let mut start = 0;
+        let mut expected = Vec::new();
+        for count in counts {
+            let end = start + (count as usize).next_multiple_of(TILE);
+            let part = |values: &[f32]| -> Vec<f32> {
+                let rows = values.chunks(rows).flat_map(|row| &row[start..end]);
+                rows.copied().collect()
+            };
+            match end - start {
+                0 => expected.extend(vec![0.0; m * n]),
+                k => expected.extend(product(&part(&a_values), &part(&b_values), k)),
+            }
+            start = end;
+        }
+        for (at, (found, expected)) in download(found).iter().zip(&expected).enumerate() {
+            assert_eq!(found, expected, "{m} x {n}: {}, {}", at / n, at % n);
+        }
+    }
+}
+
+/// The layer's operation, and its gradients, against the same on the CPU.
+#[test]
+fn grouped_linear_layers_equal_those_of_the_cpu() {
+    let Some(device) = cuda() else { return };
+    let (tokens, experts, width, hidden) = (300, 5, 256, 200);
+    let chosen: Vec<i32> = (0..2 * tokens).map(|pair| pair * 7 % 11 % 4).collect();
+    let run = |device: Device| {
+        let tensor = |count: usize, seed, shape: [usize; 3]| {
+            let values = noise(count, seed).collect::<Vec<f32>>();
+            Tensor::<3>::from_data(TensorData::new(values, shape), &device).require_grad()
+        };
+        let x = tensor(tokens as usize * width, 30, [1, tokens as usize, width]);
+        let weights = tensor(experts * width * hidden, 31, [experts, width, hidden]);
+        let chosen = TensorData::new(chosen.clone(), [tokens as usize, 2]);
+        let chosen = Tensor::<2, Int>::from_data(chosen, &device);
+        let tile = fp8::segment_tile(&device);
+        let order = Permutation::by_expert_padded(chosen, experts, tile);
+        let rows = permute(x.clone().squeeze_dim(0), &order);
+        let y = fp8::grouped_linear(rows, weights.clone(), &order, ScaleFormat::Float32);
+        let ones = Tensor::ones(order.dims(), &device);
+        let y = combine(y, ones, &order);
+        let grads = y.clone().powi_scalar(2).sum().backward();
+        let grads = [&x, &weights].map(|of| of.grad(&grads).expect("reached").into_data());
+        (y.into_data(), grads)
+    };
+    let (found, found_grads) = run(device.autodiff());
+    let (expected, expected_grads) = run(Device::flex().autodiff());
+    // Tensor cores keep some fourteen bits of a sum.
+    let close = Tolerance::<f32>::rel_abs(2e-3, 2e-2);
+    found.assert_approx_eq(&expected, close);
+    for (found, expected) in found_grads.iter().zip(&expected_grads) {
+        found.assert_approx_eq(expected, close);
     }
 }
 

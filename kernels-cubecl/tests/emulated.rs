@@ -66,6 +66,29 @@ fn portable_with_experts() {
     check(name, &GROUPED_ODD);
 }
 
+/// M, N, K and what every segment has of the inner size, padded to blocks of 128: empty ones everywhere, and blocks
+/// behind the last.
+const SEGMENTS: [&[usize]; 3] = [
+    &[7, 130, 1024, 0, 300, 128, 0, 5, 0],
+    &[129, 72, 384, 384, 0],
+    &[130, 66, 200, 0, 0, 130],
+];
+
+#[test]
+fn hopper_with_segments_of_the_inner_size() {
+    check("hopper multiply 128 f32x2, segments", &SEGMENTS);
+    check("hopper multiply 64 f32x2, segments", &SEGMENTS);
+}
+
+#[test]
+fn portable_with_segments_of_the_inner_size() {
+    check("portable multiply f32x2, segments", &SEGMENTS);
+    check(
+        "portable multiply f32x1, segments",
+        &[&[7, 131, 512, 129, 0, 1]],
+    );
+}
+
 /// Compiles a kernel for the host and runs it for each of the sizes.
 #[track_caller]
 fn check(name: &str, sizes: &[impl AsRef<[usize]>]) {
@@ -122,10 +145,10 @@ fn host_program(source: &CudaSource) -> String {
     } else {
         1
     };
-    let grouped = if source.name.contains("experts") {
-        "#define GROUPED\n"
-    } else {
-        ""
+    let grouped = match &source.name {
+        name if name.contains("experts") => "#define GROUPED\n",
+        name if name.contains("segments") => "#define SEGMENTS\n",
+        _ => "",
     };
     let output = if source.name.contains("x2") {
         "float_2"

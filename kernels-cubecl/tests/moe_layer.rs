@@ -30,10 +30,10 @@ fn together(
     weights: Tensor<2>,
     experts: &Experts,
 ) -> Tensor<2> {
-    let order = Permutation::by_expert(chosen, EXPERTS);
-    let multiply = |x, matrices: &Tensor<3>| {
-        fp8::grouped_linear(x, matrices.clone(), order.counts.clone(), FORMAT)
-    };
+    let tile = fp8::segment_tile(&x.device());
+    let order = Permutation::by_expert_padded(chosen, EXPERTS, tile);
+    let multiply =
+        |x, matrices: &Tensor<3>| fp8::grouped_linear(x, matrices.clone(), &order, FORMAT);
     let rows = permute(x, &order);
     let hidden = swiglu(
         multiply(rows.clone(), &experts.gate),

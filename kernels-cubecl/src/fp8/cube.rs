@@ -11,7 +11,9 @@ use burn::{
 };
 
 use super::{
-    Fp8Ops, Quantized, launch,
+    Fp8Ops, Quantized,
+    grouped::{Fp8GroupedGrad, Fp8GroupedOps, OneByOne},
+    launch,
     linear::product,
     reference,
     tiles::{ScaleFormat, Tile},
@@ -67,5 +69,113 @@ impl Fp8Ops for Cube {
         format: ScaleFormat,
     ) -> FloatTensor<Self> {
         product::<Self>(x, Self::float_transpose(weight), Tile::Block, format)
+    }
+}
+
+impl Fp8GroupedOps for Cube {
+    fn fp8_grouped_linear(
+        x: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        format: ScaleFormat,
+    ) -> FloatTensor<Self> {
+        #[cfg(feature = "cuda")]
+        if launch::is_cuda(&x) {
+            return on_cuda::product(x, Self::float_transpose(weights), counts, format)
+                .unwrap_or_else(|problem| panic!("{problem}"));
+        }
+        let counts = &on_host(counts);
+        OneByOne { counts, format }.product::<Self>(x, weights, false)
+    }
+}
+
+impl Fp8GroupedGrad for Cube {
+    fn fp8_grouped_input_grad(
+        grad: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        format: ScaleFormat,
+    ) -> FloatTensor<Self> {
+        #[cfg(feature = "cuda")]
+        if launch::is_cuda(&grad) {
+            return on_cuda::product(grad, weights, counts, format)
+                .unwrap_or_else(|problem| panic!("{problem}"));
+        }
+        let counts = &on_host(counts);
+        OneByOne { counts, format }.product::<Self>(grad, weights, true)
+    }
+
+    fn fp8_grouped_weight_grad(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        format: ScaleFormat,
+    ) -> FloatTensor<Self> {
+        #[cfg(feature = "cuda")]
+        if launch::is_cuda(&x) {
+            return on_cuda::weight_grad(x, grad, counts, format)
+                .unwrap_or_else(|problem| panic!("{problem}"));
+        }
+        let counts = &on_host(counts);
+        OneByOne { counts, format }.weight_grad::<Self>(x, grad)
+    }
+}
+
+/// Reads what a device without kernels for groups does not need itself.
+fn on_host(counts: IntTensor<Cube>) -> Vec<usize> {
+    let counts = Tensor::<1, Int>::from_primitive::<Cube>(counts).into_data();
+    counts.iter::<i64>().map(|count| count as usize).collect()
+}
+
+#[cfg(feature = "cuda")]
+mod on_cuda {
+    use burn::{
+        backend::ops::PadMode,
+        tensor::{DType, Shape, Slice},
+    };
+    use burn_cubecl::tensor::CubeTensor;
+
+    use super::*;
+    use crate::{cube::contiguous, flex::dims, fp8::tiles::TILE};
+
+    /// `x_e B_e^T` with `matrices` B `[E, N, K]`, any strides. Where N is not a multiple of a block's, zeros fill it up.
+    pub(super) fn product(
+        x: CubeTensor,
+        matrices: CubeTensor,
+        counts: CubeTensor,
+        format: ScaleFormat,
+    ) -> Result<CubeTensor, launch::Unsupported> {
+        let ([rows, _], [experts, n, k]) = (dims(&x), dims(&matrices));
+        let blocks = n.next_multiple_of(TILE);
+        let matrices = match blocks == n {
+            true => contiguous(matrices),
+            false => {
+                let padding = [(0, 0), (0, blocks - n), (0, 0)];
+                Cube::float_pad(matrices, &padding, PadMode::Constant(0.0))
+            }
+        };
+        let matrices = Cube::float_reshape(matrices, Shape::new([experts * blocks, k]));
+        let a = launch::quantize(x, Tile::Row, format)?;
+        let b = launch::quantize(matrices, Tile::Block, ScaleFormat::Float32)?;
+        let y = launch::grouped_matmul_nt(a, b, counts, DType::F32)?;
+        let inside = [Slice::from(0..rows), Slice::from(0..n)];
+        Ok(match blocks == n {
+            true => y,
+            false => Cube::float_slice(y, &inside),
+        })
+    }
+
+    /// `x_e^T dy_e`.
+    pub(super) fn weight_grad(
+        x: CubeTensor,
+        grad: CubeTensor,
+        counts: CubeTensor,
+        format: ScaleFormat,
+    ) -> Result<CubeTensor, launch::Unsupported> {
+        let ([_, k], [_, n], [experts]) = (dims(&x), dims(&grad), dims(&counts));
+        let a = launch::quantize_transposed(x, format)?;
+        let b = launch::quantize_transposed(grad, format)?;
+        let all = launch::segments_matmul_nt(a, b, counts, DType::F32)?;
+        Ok(Cube::float_reshape(all, Shape::new([experts, k, n])))
     }
 }

@@ -14,11 +14,12 @@ use rayon::prelude::*;
 use super::{
     Fp8Ops,
     e4m3::decoded,
+    grouped::{Fp8GroupedGrad, Fp8GroupedOps, OneByOne},
     linear::product,
     tiles::{ScaleFormat, TILE, Tile, quantize, scales},
 };
 use crate::{
-    flex::{FlexInt, contiguous, dims, elements, float_tensor},
+    flex::{FlexInt, contiguous, dims, elements, float_tensor, indices},
     gemm::{Into, Matrix, multiply},
     vector::vectorized,
 };
@@ -97,6 +98,40 @@ impl Fp8Ops for Flex {
         format: ScaleFormat,
     ) -> FloatTensor<Self> {
         product::<Self>(x, Self::float_transpose(weight), Tile::Block, format)
+    }
+}
+
+impl Fp8GroupedOps for Flex {
+    fn fp8_grouped_linear(
+        x: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        format: ScaleFormat,
+    ) -> FloatTensor<Self> {
+        let counts = &indices(&counts);
+        OneByOne { counts, format }.product::<Self>(x, weights, false)
+    }
+}
+
+impl Fp8GroupedGrad for Flex {
+    fn fp8_grouped_input_grad(
+        grad: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        format: ScaleFormat,
+    ) -> FloatTensor<Self> {
+        let counts = &indices(&counts);
+        OneByOne { counts, format }.product::<Self>(grad, weights, true)
+    }
+
+    fn fp8_grouped_weight_grad(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        format: ScaleFormat,
+    ) -> FloatTensor<Self> {
+        let counts = &indices(&counts);
+        OneByOne { counts, format }.weight_grad::<Self>(x, grad)
     }
 }
 

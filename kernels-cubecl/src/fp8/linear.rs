@@ -10,11 +10,10 @@ use burn::{
         },
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Int, Tensor},
+    tensor::Tensor,
 };
 
 use super::{Fp8Ops, ScaleFormat, Tile, is_native, matmul_nt, quantize};
-use crate::grouped_gemm::reference::by_segment;
 
 /// `x W` with operands quantised on the way: `x` in rows' tiles, `W` in blocks.
 ///
@@ -50,24 +49,6 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>, format: ScaleFormat) -> Tensor<2>
     let x = quantize(x, Tile::Row, format);
     let weight = quantize(weight.transpose(), Tile::Block, ScaleFormat::Float32);
     matmul_nt(&x, &weight).cast(dtype)
-}
-
-/// As [`linear`], every segment of the rows of `x` with a matrix of its own; see
-/// [`grouped_matmul`](crate::grouped_gemm::grouped_matmul). Reads `counts` on the host.
-///
-/// # Shapes
-/// - `x`: `[S, K]`, `weights`: `[E, K, N]`, `counts`: `[E]` with sum S
-/// - result: `[S, N]`
-///
-/// # Panics
-/// As [`linear`].
-pub fn grouped_linear(
-    x: Tensor<2>,
-    weights: Tensor<3>,
-    counts: Tensor<1, Int>,
-    format: ScaleFormat,
-) -> Tensor<2> {
-    by_segment(x, weights, counts, |x, weight| linear(x, weight, format))
 }
 
 /// `a b^T`, quantised first; `format` is that of the scales of rows' tiles.

@@ -9,6 +9,7 @@
 mod cube;
 pub mod e4m3;
 mod flex;
+mod grouped;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) mod kernel;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
@@ -29,7 +30,8 @@ use burn::{
     tensor::{DType, Device, Int, Tensor, TensorData},
 };
 
-pub use linear::{grouped_linear, linear};
+pub use grouped::{grouped_linear, segment_tile};
+pub use linear::linear;
 pub use tiles::{ScaleFormat, TILE, Tile};
 
 /// A matrix in E4M3: an element is its code's number times its tile's scale.

@@ -34,6 +34,8 @@ pub struct Permutation {
     pub counts: Tensor<1, Int>,
     /// Rows of each expert's segment, its load rounded up to a multiple of the tile. `[E]`
     pub rows: Tensor<1, Int>,
+    /// What segments are padded to a multiple of.
+    pub tile: usize,
 }
 
 impl Permutation {
@@ -67,6 +69,7 @@ impl Permutation {
             slots: Tensor::<1, Int>::from_dispatch(slots).reshape(dims),
             counts: Tensor::from_dispatch(counts),
             rows: Tensor::from_dispatch(rows),
+            tile,
         }
     }
 

@@ -36,6 +36,7 @@ pub(super) fn sort_by_expert(chosen: Tensor<2, Int>, experts: usize, tile: usize
         slots: slots.reshape([tokens, k]),
         counts,
         rows,
+        tile,
     }
 }
 

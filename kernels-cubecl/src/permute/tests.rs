@@ -88,6 +88,7 @@ fn lists(permutation: Permutation) -> [Vec<i32>; 4] {
         slots,
         counts,
         rows,
+        tile: _,
     } = permutation;
     [list(order), list(slots), list(counts), list(rows)]
 }

@@ -234,21 +234,21 @@ inline void wgmma_x4(float **out, int count, unsigned long long a, unsigned long
     }
 }
 
-template <class Kernel> void run(unsigned across, unsigned down, unsigned threads, Kernel kernel) {
-    for (unsigned y = 0; y < down; ++y)
-        for (unsigned x = 0; x < across; ++x) {
-            std::memset(shared_memory, 0x7f, SHARED);
-            pthread_barrier_init(&block_barrier, nullptr, threads);
-            for (unsigned warp = 0; warp < threads / 32; ++warp)
-                pthread_barrier_init(&warp_barriers[warp], nullptr, 32);
-            std::vector<std::thread> all;
-            for (unsigned thread = 0; thread < threads; ++thread)
-                all.emplace_back([=] {
-                    threadIdx = {thread, 0, 0};
-                    blockIdx = {x, y, 0};
-                    kernel();
-                });
-            for (std::thread &thread : all) thread.join();
-        }
+template <class Kernel> void run(Index grid, unsigned threads, Kernel kernel) {
+    for (unsigned cube = 0; cube < grid.x * grid.y * grid.z; ++cube) {
+        unsigned x = cube % grid.x, y = cube / grid.x % grid.y, z = cube / grid.x / grid.y;
+        std::memset(shared_memory, 0x7f, SHARED);
+        pthread_barrier_init(&block_barrier, nullptr, threads);
+        for (unsigned warp = 0; warp < threads / 32; ++warp)
+            pthread_barrier_init(&warp_barriers[warp], nullptr, 32);
+        std::vector<std::thread> all;
+        for (unsigned thread = 0; thread < threads; ++thread)
+            all.emplace_back([=] {
+                threadIdx = {thread, 0, 0};
+                blockIdx = {x, y, z};
+                kernel();
+            });
+        for (std::thread &thread : all) thread.join();
+    }
 }
 } // namespace gpu

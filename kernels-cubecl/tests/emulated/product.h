@@ -2,7 +2,7 @@
 //
 // Codes are integers from -2 to 2 and scales powers of two, so that every sum is exact. What is beyond the inner size
 // in a row of codes is not zero, and must not count. A grouped product has the rows of the experts' segments as further
-// sizes.
+// sizes, a product of segments what each has of the inner size.
 int main(int count, char **arguments) {
     gpu::make_codes();
     int m = std::atoi(arguments[1]), n = std::atoi(arguments[2]), k = std::atoi(arguments[3]);
@@ -10,7 +10,17 @@ int main(int count, char **arguments) {
     // Rows of B of one matrix have blocks of their own; each tile of rows of A has the number of its matrix.
     std::vector<unsigned> tile_experts;
     int experts = 1;
-#ifdef GROUPED
+    // One result below another, each of a segment of the inner size.
+    int segments = 1;
+    std::vector<unsigned> starts{0};
+#ifdef SEGMENTS
+    segments = count - 4;
+    for (int segment = 0; segment < segments; ++segment)
+        starts.push_back(starts.back() + (std::atoi(arguments[4 + segment]) + 127) / 128);
+    unsigned *first_blocks = starts.data();
+    tile_experts.resize((m + 127) / 128, 0);
+#define EXPERTS first_blocks,
+#elif defined(GROUPED)
     experts = count - 4;
     for (int expert = 0; expert < experts; ++expert)
         tile_experts.insert(tile_experts.end(), (std::atoi(arguments[4 + expert]) + 127) / 128, expert);
@@ -21,6 +31,7 @@ int main(int count, char **arguments) {
     tile_experts.resize((m + 127) / 128, 0);
 #define EXPERTS
 #endif
+    if (starts.size() == 1) starts.push_back(blocks);
     struct Matrix {
         long rows, pitch, tile_rows;
         byte *codes;
@@ -49,7 +60,8 @@ int main(int count, char **arguments) {
     Matrix b = matrix(long(experts) * n, experts, blocks * 128 + 16, B_TILE_ROWS, 2);
 
     const float unwritten = -777, *end;
-    std::vector<float> y(long(m) * n + 64, unwritten);
+    const long results = long(segments) * m;
+    std::vector<float> y(results * n + 64, unwritten);
     auto *out = reinterpret_cast<OUTPUT *>(y.data());
     float *a_scales = a.scales.data(), *b_scales = b.scales.data();
     info_st info{};
@@ -68,28 +80,30 @@ int main(int count, char **arguments) {
     scalars[3] = experts;
 #endif
     unsigned tiles = (m + 127) / 128 * ((n + COLUMNS - 1) / COLUMNS);
-    gpu::run(tiles, 1, THREADS, [=] { KERNEL(a_map, a_scales, b_map, b_scales, EXPERTS out, nullptr, info); });
+    gpu::run({tiles, unsigned(segments), 1}, THREADS, [=] { KERNEL(a_map, a_scales, b_map, b_scales, EXPERTS out, nullptr, info); });
 #else
     scalars[3] = a.pitch / 16, scalars[4] = b.pitch / 16;
 #ifdef GROUPED
     scalars[5] = experts;
 #endif
     auto *a_codes = reinterpret_cast<uint32_t_4 *>(a.codes), *b_codes = reinterpret_cast<uint32_t_4 *>(b.codes);
-    gpu::run((m + 127) / 128, (n + 127) / 128, THREADS,
+    gpu::run({unsigned(m + 127) / 128, unsigned(n + 127) / 128, unsigned(segments)}, THREADS,
              [=] { KERNEL(a_codes, a_scales, b_codes, b_scales, EXPERTS out, info); });
 #endif
     long wrong = 0;
-    for (long row = 0; row < m; ++row)
+    for (long at = 0; at < results; ++at)
         for (long column = 0; column < n; ++column) {
             double expected = 0;
+            long row = at % m, segment = at / m;
             long expert = tile_experts[row / 128], b_row = expert * n + column;
+            long first = starts[segment] * 128l, end = std::min<long>(starts[segment + 1] * 128l, k);
             if (expert < experts)
-                for (long i = 0; i < k; ++i) expected += double(a.values[row * k + i]) * b.values[b_row * k + i];
-            float found = y[row * n + column];
+                for (long i = first; i < end; ++i) expected += double(a.values[row * k + i]) * b.values[b_row * k + i];
+            float found = y[at * n + column];
             if (found != float(expected) && wrong++ == 0)
-                std::printf("element %ld, %ld is %g, expected %g\n", row, column, found, expected);
+                std::printf("element %ld, %ld is %g, expected %g\n", at, column, found, expected);
         }
-    for (end = &y[long(m) * n]; end != y.data() + y.size(); ++end)
+    for (end = &y[results * n]; end != y.data() + y.size(); ++end)
         if (*end != unwritten) fail("an element beyond the result was written");
     std::printf("%d x %d x %d: %ld wrong\n", m, n, k, wrong);
     return wrong != 0;

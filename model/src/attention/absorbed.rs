@@ -6,8 +6,13 @@
 
 use burn::tensor::{Int, Tensor, activation::softmax};
 
+use deepburn_kernels::mla_decode;
+
 use super::{Attention, LayerCache};
 use crate::rope::RopeTables;
+
+/// Queries per sequence up to which a kernel that reads the cache for each of them pays.
+const FEW: usize = 8;
 
 impl Attention {
     /// Appends the latents of `x` to the cache and attends over all of it.
@@ -34,18 +39,27 @@ impl Attention {
             .narrow(2, self.nope, self.value)
             .permute([1, 0, 2])
             .unsqueeze::<4>(); // [1, H, C, V]
-        let c_kv = c_kv.unsqueeze_dim::<4>(1); // [B, 1, S, C]
-        let k_pe = k_pe.unsqueeze_dim::<4>(1);
-
         let q_latent = q_nope.swap_dims(1, 2).matmul(w_uk); // [B, H, T, C]
-        let scores = q_latent.matmul(c_kv.clone().transpose())
-            + q_pe.swap_dims(1, 2).matmul(k_pe.transpose()); // [B, H, T, S]
-        let scores = if length > 1 {
-            hide_future(scores)
+        let device = c_kv.device();
+        let by_kernel = length <= FEW && mla_decode::is_native(&device, c_kv.dtype());
+        let attended = if by_kernel && !device.is_autodiff() {
+            let [_, seen, _] = c_kv.dims();
+            let lengths = Tensor::full([batch], seen as i64, &device);
+            mla_decode::mla_decode(q_latent.swap_dims(1, 2), q_pe, c_kv, k_pe, lengths)
+                .swap_dims(1, 2)
         } else {
-            scores
-        };
-        let out = softmax(scores, 3).matmul(c_kv).matmul(w_uv).swap_dims(1, 2); // [B, T, H, V]
+            let c_kv = c_kv.unsqueeze_dim::<4>(1); // [B, 1, S, C]
+            let k_pe = k_pe.unsqueeze_dim::<4>(1);
+            let scores = q_latent.matmul(c_kv.clone().transpose())
+                + q_pe.swap_dims(1, 2).matmul(k_pe.transpose()); // [B, H, T, S]
+            let scores = if length > 1 {
+                hide_future(scores)
+            } else {
+                scores
+            };
+            softmax(scores, 3).matmul(c_kv)
+        }; // [B, H, T, C]
+        let out = attended.matmul(w_uv).swap_dims(1, 2); // [B, T, H, V]
         self.o_proj
             .forward(out.reshape([batch, length, self.heads * self.value]))
     }

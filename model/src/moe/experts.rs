@@ -4,7 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::{Int, Tensor},
 };
-use deepburn_kernels::{fp8::grouped_linear, grouped_gemm::grouped_matmul, swiglu::swiglu};
+use deepburn_kernels::{fp8, grouped_gemm::grouped_matmul, permute::Permutation, swiglu::swiglu};
 
 use crate::{config::ModelConfig, init::Initializer, projection::Arithmetic};
 
@@ -44,15 +44,26 @@ impl Experts {
         self.len() == 0
     }
 
-    /// Applies expert `e` to the `counts[e]` rows of its segment.
+    /// The order of the rows that [`forward`](Self::forward) takes.
     ///
     /// # Shapes
-    /// - `x`: `[S, D]` in expert order, as the result
-    /// - `counts`: `[E]`
-    pub fn forward(&self, x: Tensor<2>, counts: Tensor<1, Int>) -> Tensor<2> {
+    /// - `chosen`: `[T, K]`
+    pub fn order(&self, chosen: Tensor<2, Int>) -> Permutation {
+        let tile = match self.arithmetic {
+            Arithmetic::Full => 1,
+            Arithmetic::Fp8(_) => fp8::segment_tile(&chosen.device()),
+        };
+        Permutation::by_expert_padded(chosen, self.len(), tile)
+    }
+
+    /// Applies every expert to the rows of its segment.
+    ///
+    /// # Shapes
+    /// - `x`: `[R, D]` in the given order, as the result
+    pub fn forward(&self, x: Tensor<2>, order: &Permutation) -> Tensor<2> {
         let multiply = |x, weights: &Param<Tensor<3>>| match self.arithmetic {
-            Arithmetic::Full => grouped_matmul(x, weights.val(), counts.clone()),
-            Arithmetic::Fp8(format) => grouped_linear(x, weights.val(), counts.clone(), format),
+            Arithmetic::Full => grouped_matmul(x, weights.val(), order.rows.clone()),
+            Arithmetic::Fp8(format) => fp8::grouped_linear(x, weights.val(), order, format),
         };
         let gate = multiply(x.clone(), &self.gate_proj);
         let up = multiply(x, &self.up_proj);

@@ -8,7 +8,7 @@ use burn::{
     module::Module,
     tensor::{Int, Tensor},
 };
-use deepburn_kernels::permute::{Permutation, combine, permute};
+use deepburn_kernels::permute::{combine, permute};
 
 pub use experts::Experts;
 pub use router::{Router, Routing};
@@ -65,10 +65,8 @@ impl Moe {
         let [batch, length, width] = x.dims();
         let tokens = x.clone().reshape([batch * length, width]);
         let routing = self.gate.forward(tokens.clone());
-        let order = Permutation::by_expert(routing.chosen.clone(), self.experts.len());
-        let outputs = self
-            .experts
-            .forward(permute(tokens, &order), order.counts.clone());
+        let order = self.experts.order(routing.chosen.clone());
+        let outputs = self.experts.forward(permute(tokens, &order), &order);
         let hidden =
             combine(outputs, routing.weights.clone(), &order).reshape([batch, length, width]);
         let hidden = match &self.shared_experts {

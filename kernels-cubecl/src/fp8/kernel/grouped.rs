@@ -1,4 +1,4 @@
-//! Which expert's matrix each tile of rows of a grouped product is multiplied with, found on the device.
+//! Which tiles of rows of a grouped product are of which expert, found on the device.
 
 use cubecl::prelude::*;
 
@@ -30,4 +30,21 @@ pub(crate) fn tile_experts<I: Int>(
         expert += u32::cast_from(end <= tile as u32);
     }
     tile_experts[tile] = expert;
+}
+
+/// The first tile of each expert's segment, and of what follows the last: segments as for [`tile_experts`].
+#[cube(launch)]
+pub(crate) fn segment_starts<I: Int>(
+    counts: &[I],       // [E]
+    starts: &mut [u32], // [E + 1]
+    #[define(I)] _dtype: ElemType,
+) {
+    if ABSOLUTE_POS >= starts.len() {
+        terminate!();
+    }
+    let mut start = 0u32;
+    for at in 0..ABSOLUTE_POS {
+        start += u32::cast_from(counts[at]).div_ceil(TILE);
+    }
+    starts[ABSOLUTE_POS] = start;
 }

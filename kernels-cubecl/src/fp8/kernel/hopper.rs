@@ -106,16 +106,40 @@ pub(crate) fn multiply_grouped<O: Float, W: Size, D: Size>(
     multiply_part::<O, W, D>(a, a_scales, b, b_scales, y, m, n, k, part, shape);
 }
 
+/// The product of every segment of the inner size, one result below another, `y[E M, N]`: segment `e` is the blocks from
+/// `starts[e]` to `starts[e + 1]`, for one cube in Y each. Both matrices are in tiles of rows.
+#[cube(launch_unchecked)]
+pub(crate) fn multiply_segments<O: Float, W: Size, D: Size>(
+    a: &TensorMap<u8, Tiled>,
+    a_scales: &[f32],
+    b: &TensorMap<u8, Tiled>,
+    b_scales: &[f32],
+    starts: &[u32],
+    y: &mut [Vector<O, W>],
+    m: u32,
+    n: u32,
+    k: u32,
+    #[comptime] shape: Shape,
+) {
+    let part = Part::of_cube(m, n, k, comptime!(shape.columns));
+    let start = starts[CUBE_POS_Y as usize];
+    let part = part.of_segment(start, starts[CUBE_POS_Y as usize + 1], CUBE_POS_Y * m);
+    multiply_part::<O, W, D>(a, a_scales, b, b_scales, y, m, n, k, part, shape);
+}
+
 /// What a cube computes, and of what.
 #[derive(CubeType, Clone, Copy)]
 struct Part {
     /// Of the result.
     first_row: u32,
     first_column: u32,
+    /// Rows of the results before this one.
+    y_row: u32,
     /// Row of B's codes, and of its scales in blocks, that the first column is of.
     b_row: u32,
     b_block: u32,
-    /// Blocks of the inner size to sum.
+    /// Blocks of the inner size to sum, from the first on.
+    first_block: u32,
     blocks: u32,
 }
 
@@ -132,8 +156,10 @@ impl Part {
         Part {
             first_row: (group + within % group_height) * ROWS,
             first_column,
+            y_row: 0u32,
             b_row: first_column,
             b_block: first_column / TILE,
+            first_block: 0u32,
             blocks: k.div_ceil(TILE),
         }
     }
@@ -145,9 +171,24 @@ impl Part {
         Part {
             first_row: self.first_row,
             first_column: self.first_column,
+            y_row: 0u32,
             b_row: matrix * n + self.first_column,
             b_block: matrix * n.div_ceil(TILE) + self.first_column / TILE,
+            first_block: 0u32,
             blocks: select(some, self.blocks, 0u32),
+        }
+    }
+
+    /// The same rows and columns of the result from `y_row` on, of some blocks alone.
+    fn of_segment(self, start: u32, end: u32, y_row: u32) -> Part {
+        Part {
+            first_row: self.first_row,
+            first_column: self.first_column,
+            y_row,
+            b_row: self.b_row,
+            b_block: self.b_block,
+            first_block: start,
+            blocks: end - start,
         }
     }
 }
@@ -199,8 +240,10 @@ fn multiply_part<O: Float, W: Size, D: Size>(
         if comptime!(!shape.b_blocks) {
             b_row = min(first_column + UNIT_POS % columns, n - 1) * blocks;
         }
-        let mut a_scale = a_scales[a_row as usize];
-        let mut b_scale = b_scales[b_row as usize];
+        // A part without blocks may start behind the last one.
+        let first_block = min(part.first_block, blocks - 1);
+        let mut a_scale = a_scales[(a_row + first_block) as usize];
+        let mut b_scale = b_scales[(b_row + first_block) as usize];
         for block in 0..part.blocks {
             let stage = block % stages;
             empty[stage as usize].wait_parity((block / stages % 2) ^ 1);
@@ -214,21 +257,21 @@ fn multiply_part<O: Float, W: Size, D: Size>(
                     a,
                     &mut a_ring[at..at + a_bytes],
                     first_row as i32,
-                    (block * TILE) as i32,
+                    ((first_block + block) * TILE) as i32,
                 );
                 let at = stage as usize * b_bytes;
                 full[stage as usize].tma_load_2d(
                     b,
                     &mut b_ring[at..at + b_bytes],
                     part.b_row as i32,
-                    (block * TILE) as i32,
+                    ((first_block + block) * TILE) as i32,
                 );
                 full[stage as usize].arrive_and_expect_tx(1, comptime!((a_bytes + b_bytes) as u32));
             } else {
                 full[stage as usize].arrive();
             }
             // The next block's, in time for the next round.
-            let next = min(block + 1, blocks - 1);
+            let next = min(first_block + block + 1, blocks - 1);
             a_scale = a_scales[(a_row + next) as usize];
             b_scale = b_scales[(b_row + next) as usize];
         }
@@ -295,7 +338,7 @@ fn multiply_part<O: Float, W: Size, D: Size>(
                 for e in 0..width {
                     written.insert(e, O::cast_from(sums[comptime!(at + e)]));
                 }
-                y[(row * n + column) as usize / width] = written;
+                y[((part.y_row + row) * n + column) as usize / width] = written;
             }
         }
     }

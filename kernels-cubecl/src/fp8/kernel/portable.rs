@@ -43,7 +43,9 @@ pub(crate) fn multiply<O: Float, W: Size>(
         b_row: CUBE_POS_Y * CUBE_TILE,
         b_end: n,
         b_block: CUBE_POS_Y,
-        depth: k,
+        first_block: 0u32,
+        end: k,
+        y_row: 0u32,
     };
     multiply_part::<O, W>(
         a, a_scales, b, b_scales, y, m, n, k, a_pitch, b_pitch, part, b_blocks,
@@ -74,14 +76,45 @@ pub(crate) fn multiply_grouped<O: Float, W: Size>(
         b_row: matrix * n + CUBE_POS_Y * CUBE_TILE,
         b_end: (matrix + 1) * n,
         b_block: matrix * n.div_ceil(TILE) + CUBE_POS_Y,
-        depth: select(some, k, 0u32),
+        first_block: 0u32,
+        end: select(some, k, 0u32),
+        y_row: 0u32,
     };
     multiply_part::<O, W>(
         a, a_scales, b, b_scales, y, m, n, k, a_pitch, b_pitch, part, true,
     );
 }
 
-/// What of B a cube multiplies with.
+/// The product of every segment of the inner size, one result below another, `y[E M, N]`: segment `e` is the blocks from
+/// `starts[e]` to `starts[e + 1]`, for one cube in Z each. Both matrices are in tiles of rows.
+#[cube(launch_unchecked)]
+pub(crate) fn multiply_segments<O: Float, W: Size>(
+    a: &[Vector<u32, Const<4>>],
+    a_scales: &[f32],
+    b: &[Vector<u32, Const<4>>],
+    b_scales: &[f32],
+    starts: &[u32],
+    y: &mut [Vector<O, W>],
+    m: u32,
+    n: u32,
+    k: u32,
+    a_pitch: u32,
+    b_pitch: u32,
+) {
+    let part = Part {
+        b_row: CUBE_POS_Y * CUBE_TILE,
+        b_end: n,
+        b_block: CUBE_POS_Y,
+        first_block: starts[CUBE_POS_Z as usize],
+        end: min(starts[CUBE_POS_Z as usize + 1] * TILE, k),
+        y_row: CUBE_POS_Z * m,
+    };
+    multiply_part::<O, W>(
+        a, a_scales, b, b_scales, y, m, n, k, a_pitch, b_pitch, part, false,
+    );
+}
+
+/// What a cube multiplies, and where the result goes.
 #[derive(CubeType, Clone, Copy)]
 struct Part {
     /// Row of the codes that the first column is of, and the end of its matrix.
@@ -89,8 +122,11 @@ struct Part {
     b_end: u32,
     /// Row of the scales in blocks that the first column is of.
     b_block: u32,
-    /// Of the inner size, what is summed.
-    depth: u32,
+    /// Of the inner size, what is summed: from a block to an element.
+    first_block: u32,
+    end: u32,
+    /// Rows of the results before this one.
+    y_row: u32,
 }
 
 #[cube]
@@ -108,7 +144,8 @@ fn multiply_part<O: Float, W: Size>(
     part: Part,
     #[comptime] b_blocks: bool,
 ) {
-    let (b_row, b_end, depth) = (part.b_row, part.b_end, part.depth);
+    let (b_row, b_end, end) = (part.b_row, part.b_end, part.end);
+    let first_block = part.first_block;
     let (lane, warp) = (UNIT_POS % 32, UNIT_POS / 32);
     let first_row = CUBE_POS_X * CUBE_TILE;
     let first_column = CUBE_POS_Y * CUBE_TILE;
@@ -127,11 +164,30 @@ fn multiply_part<O: Float, W: Size>(
         sums[i] = 0.0f32;
     }
 
-    copy_tile(a, &mut a_stage, 0u32, 0u32, first_row, m, depth, a_pitch);
-    copy_tile(b, &mut b_stage, 0u32, 0u32, b_row, b_end, depth, b_pitch);
+    let first_stage = first_block % STAGES;
+    copy_tile(
+        a,
+        &mut a_stage,
+        first_stage,
+        first_block,
+        first_row,
+        m,
+        end,
+        a_pitch,
+    );
+    copy_tile(
+        b,
+        &mut b_stage,
+        first_stage,
+        first_block,
+        b_row,
+        b_end,
+        end,
+        b_pitch,
+    );
     commit_copies();
 
-    for block in 0..depth.div_ceil(TILE) {
+    for block in first_block..end.div_ceil(TILE) {
         let stage = block % STAGES;
         // Past the end nothing is copied, but the group is there to be counted.
         copy_tile(
@@ -141,7 +197,7 @@ fn multiply_part<O: Float, W: Size>(
             block + 1,
             first_row,
             m,
-            depth,
+            end,
             a_pitch,
         );
         copy_tile(
@@ -151,7 +207,7 @@ fn multiply_part<O: Float, W: Size>(
             block + 1,
             b_row,
             b_end,
-            depth,
+            end,
             b_pitch,
         );
         commit_copies();
@@ -229,7 +285,7 @@ fn multiply_part<O: Float, W: Size>(
             for e in 0..width {
                 written.insert(e, O::cast_from(sums[comptime!(at + e)]));
             }
-            y[(row * n + column) as usize / width] = written;
+            y[((part.y_row + row) * n + column) as usize / width] = written;
         }
     }
 }

@@ -27,6 +27,16 @@ pub(crate) fn sources(kernels: &mut Kernels) -> Result<(), CompilationError> {
     kernels.add("tile_experts", units, |settings, device, target| {
         grouped::tile_experts::TileExperts::new(settings, device, target, buffer(), buffer(), int)
     })?;
+    kernels.add("segment_starts", units, |settings, device, target| {
+        grouped::segment_starts::SegmentStarts::new(
+            settings,
+            device,
+            target,
+            buffer(),
+            buffer(),
+            int,
+        )
+    })?;
     grouped_products::<f32>(kernels, "f32")?;
     grouped_products::<bf16>(kernels, "bf16")
 }
@@ -104,11 +114,18 @@ fn grouped_products<O: Float>(kernels: &mut Kernels, element: &str) -> Result<()
         add!(kernels, format!("hopper multiply {columns} {element}x2, b in experts' blocks"), &["sm_90a"],
             hopper::UNITS, hopper::multiply_grouped::MultiplyGrouped<O>,
             [(), buffer(), (), buffer(), buffer(), buffer(), (), (), (), (), 2, columns as usize / 2, shape])?;
+        let shape = hopper::shape(columns, false);
+        add!(kernels, format!("hopper multiply {columns} {element}x2, segments"), &["sm_90a"], hopper::UNITS,
+            hopper::multiply_segments::MultiplySegments<O>,
+            [(), buffer(), (), buffer(), buffer(), buffer(), (), (), (), 2, columns as usize / 2, shape])?;
     }
     for width in [1, 2] {
         add!(kernels, format!("portable multiply {element}x{width}, b in experts' blocks"), WARPS, portable::UNITS,
             portable::multiply_grouped::MultiplyGrouped<O>,
             [buffer(), buffer(), buffer(), buffer(), buffer(), buffer(), (), (), (), (), (), (), width])?;
+        add!(kernels, format!("portable multiply {element}x{width}, segments"), WARPS, portable::UNITS,
+            portable::multiply_segments::MultiplySegments<O>,
+            [buffer(), buffer(), buffer(), buffer(), buffer(), buffer(), (), (), (), (), (), width])?;
     }
     Ok(())
 }

@@ -10,10 +10,10 @@ use burn::{backend::TensorMetadata, tensor::DType};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 
-#[cfg(all(test, feature = "cuda", feature = "wgpu"))]
-pub(crate) use multiply::tile_experts;
 #[cfg(feature = "cuda")]
-pub(crate) use multiply::{grouped_matmul_nt, matmul_nt};
+pub(crate) use multiply::{grouped_matmul_nt, matmul_nt, segments_matmul_nt};
+#[cfg(all(test, feature = "cuda", feature = "wgpu"))]
+pub(crate) use multiply::{segment_starts, tile_experts};
 pub(crate) use quantize::{quantize, quantize_transposed, rms_norm_quantize, swiglu_quantize};
 
 /// Why no kernel was launched.

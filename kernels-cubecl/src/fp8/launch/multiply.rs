@@ -42,7 +42,8 @@ pub(crate) fn matmul_nt(
     let a_scales = scales("the left scales", a_scales, Tile::Row.scale_shape([m, k]))?;
     let b_scales = scales("the right scales", b_scales, b_tile.scale_shape([n, k]))?;
     let operands = [a_codes, a_scales, b_codes, b_scales];
-    multiply(operands, [m, n, k], b_tile == Tile::Block, None, dtype)
+    let b_blocks = b_tile == Tile::Block;
+    multiply(operands, [m, n, k], b_blocks, Groups::None, dtype)
 }
 
 /// The product of every expert's segment of rows of A with the transposed matrix of the expert; zero behind the last
@@ -70,9 +71,36 @@ pub(crate) fn grouped_matmul_nt(
     let a_scales = scales("the left scales", a_scales, Tile::Row.scale_shape([m, k]))?;
     let [down, across] = Tile::Block.scale_shape([n, k]);
     let b_scales = scales("the right scales", b_scales, [experts * down, across])?;
-    let groups = (tile_experts(counts, m.div_ceil(TILE)), experts as u32);
+    let groups = Groups::OfRows(tile_experts(counts, m.div_ceil(TILE)), experts as u32);
     let operands = [a_codes, a_scales, b_codes, b_scales];
-    multiply(operands, [m, n, k], true, Some(groups), dtype)
+    multiply(operands, [m, n, k], true, groups, dtype)
+}
+
+/// The product `a_e b_e^T` of every segment of the inner size, one below another; zero for empty segments. Segments are
+/// padded to a multiple of 128.
+///
+/// # Shapes
+/// - `a_codes`: `[M, S]`, `a_scales`: `[M, ceil(S / 128)]`; `b_codes`, `b_scales` the same of N rows
+/// - `counts`: `[E]`, integers
+/// - result: `[E M, N]`, of type `dtype`: f32 or bf16
+pub(crate) fn segments_matmul_nt(
+    (a_codes, a_scales): (CubeTensor, CubeTensor),
+    (b_codes, b_scales): (CubeTensor, CubeTensor),
+    counts: CubeTensor,
+    dtype: DType,
+) -> Result<CubeTensor, Unsupported> {
+    let [m, k] = codes("the left codes", &a_codes)?;
+    let [n, _] = codes("the right codes", &b_codes)?;
+    expect_shape("the right codes", &b_codes, &[n, k])?;
+    let a_scales = scales("the left scales", a_scales, Tile::Row.scale_shape([m, k]))?;
+    let b_scales = scales("the right scales", b_scales, Tile::Row.scale_shape([n, k]))?;
+    let experts = counts.shape().num_elements();
+    if experts == 0 {
+        return Err(Unsupported::Empty { what: "the counts" });
+    }
+    let groups = Groups::OfTheInnerSize(segment_starts(counts), experts as u32);
+    let operands = [a_codes, a_scales, b_codes, b_scales];
+    multiply(operands, [m, n, k], false, groups, dtype)
 }
 
 /// The expert of each of `tiles` tiles of 128 rows, the number of experts for those behind the last segment.
@@ -95,15 +123,55 @@ pub(crate) fn tile_experts(counts: CubeTensor, tiles: usize) -> CubeTensor {
     out
 }
 
-/// A product of operands that have been checked; `groups` are the expert of each tile and their number.
+/// The first tile of every segment, and the one behind the last.
+///
+/// # Shapes
+/// - `counts`: `[E]`, i32, i64 or u32
+/// - result: `[E + 1]`, u32
+pub(crate) fn segment_starts(counts: CubeTensor) -> CubeTensor {
+    let starts = counts.shape().num_elements() + 1;
+    let out = empty(&counts, [starts], DType::U32);
+    let (client, dtype) = (counts.client.clone(), elem(&counts));
+    grouped::segment_starts::launch(
+        &client,
+        CubeCount::new_1d(starts.div_ceil(grouped::UNITS as usize) as u32),
+        CubeDim::new_1d(grouped::UNITS),
+        aligned_rows(counts).into_buffer_arg(),
+        out.clone().into_buffer_arg(),
+        dtype,
+    );
+    out
+}
+
+/// What of a product belongs to which expert.
+enum Groups {
+    None,
+    /// The expert of each tile of rows of A and the number of experts, of whose matrices each has N rows.
+    OfRows(CubeTensor, u32),
+    /// The first block of each expert's segment and the number of experts.
+    OfTheInnerSize(CubeTensor, u32),
+}
+
+impl Groups {
+    /// Results, one below another.
+    fn results(&self) -> u32 {
+        match self {
+            Self::OfTheInnerSize(_, experts) => *experts,
+            Self::None | Self::OfRows(..) => 1,
+        }
+    }
+}
+
+/// A product of operands that have been checked.
 fn multiply(
     [a_codes, a_scales, b_codes, b_scales]: [CubeTensor; 4],
     [m, n, k]: [usize; 3],
     b_blocks: bool,
-    groups: Option<(CubeTensor, u32)>,
+    groups: Groups,
     dtype: DType,
 ) -> Result<CubeTensor, Unsupported> {
-    fits("the product", m * n)?;
+    let results = groups.results() as usize;
+    fits("the product", results * m * n)?;
     if !matches!(dtype, DType::F32 | DType::BF16) {
         return Err(Unsupported::ElementType {
             what: "the product",
@@ -116,8 +184,8 @@ fn multiply(
     let y = CubeTensor::new_contiguous(
         client.clone(),
         a_codes.device(),
-        Shape::new([m, n]),
-        client.empty(m * n * dtype.size()),
+        Shape::new([results * m, n]),
+        client.empty(results * m * n * dtype.size()),
         dtype,
     );
     let product = Product {
@@ -211,8 +279,7 @@ struct Product {
     /// M, N, K.
     size: [u32; 3],
     b_blocks: bool,
-    /// The expert of each tile of rows and the number of experts, of whose matrices each has N rows.
-    groups: Option<(CubeTensor, u32)>,
+    groups: Groups,
     /// Elements of the result that are written at once.
     width: usize,
 }
@@ -241,7 +308,8 @@ impl Product {
                 .with_swizzle(TensorMapSwizzle::B128)
                 .with_prefetch(TensorMapPrefetch::B256)
         };
-        let count = CubeCount::Static(tiles(columns), 1, 1);
+        let results = self.groups.results();
+        let count = CubeCount::Static(tiles(columns), results, 1);
         let dim = CubeDim::new_1d(hopper::UNITS);
         let (a, b) = (
             map(self.a_codes, hopper::ROWS as usize),
@@ -256,13 +324,13 @@ impl Product {
         match self.groups {
             // SAFETY: rows and columns beyond the matrices are neither read (the tensor memory accelerator writes
             // zeros for them, scales are those of the last) nor written; loops are counted.
-            None => unsafe {
+            Groups::None => unsafe {
                 hopper::multiply::launch_unchecked::<O>(
                     &client, count, dim, width, sums, a, a_scales, b, b_scales, y, m, n, k, shape,
                 );
             },
             // SAFETY: as above. There is an expert for every tile of rows, and those that are none read the first's.
-            Some((tile_experts, experts)) => unsafe {
+            Groups::OfRows(tile_experts, experts) => unsafe {
                 let tile_experts = tile_experts.into_buffer_arg();
                 hopper::multiply_grouped::launch_unchecked::<O>(
                     &client,
@@ -283,6 +351,14 @@ impl Product {
                     shape,
                 );
             },
+            // SAFETY: as above. There is a start for every cube in Y and one more.
+            Groups::OfTheInnerSize(starts, _) => unsafe {
+                let starts = starts.into_buffer_arg();
+                hopper::multiply_segments::launch_unchecked::<O>(
+                    &client, count, dim, width, sums, a, a_scales, b, b_scales, starts, y, m, n, k,
+                    shape,
+                );
+            },
         }
     }
 
@@ -294,7 +370,8 @@ impl Product {
             m.div_ceil(portable::CUBE_TILE),
             n.div_ceil(portable::CUBE_TILE),
         );
-        let count = CubeCount::Static(down, across, 1);
+        let results = self.groups.results();
+        let count = CubeCount::Static(down, across, results);
         let dim = CubeDim::new_1d(portable::UNITS);
         let [a, a_scales, b, b_scales, y] = [
             self.a_codes,
@@ -308,14 +385,14 @@ impl Product {
         match self.groups {
             // SAFETY: copies start inside of the matrices and end with the row, scales and results beyond them are
             // neither read nor written; loops are counted.
-            None => unsafe {
+            Groups::None => unsafe {
                 portable::multiply::launch_unchecked::<O>(
                     &client, count, dim, width, a, a_scales, b, b_scales, y, m, n, k, a_pitch,
                     b_pitch, b_blocks,
                 );
             },
             // SAFETY: as above. There is an expert for every tile of rows, and those that are none read the first's.
-            Some((tile_experts, experts)) => unsafe {
+            Groups::OfRows(tile_experts, experts) => unsafe {
                 let tile_experts = tile_experts.into_buffer_arg();
                 portable::multiply_grouped::launch_unchecked::<O>(
                     &client,
@@ -334,6 +411,14 @@ impl Product {
                     a_pitch,
                     b_pitch,
                     experts,
+                );
+            },
+            // SAFETY: as above. There is a start for every cube in Z and one more.
+            Groups::OfTheInnerSize(starts, _) => unsafe {
+                let starts = starts.into_buffer_arg();
+                portable::multiply_segments::launch_unchecked::<O>(
+                    &client, count, dim, width, a, a_scales, b, b_scales, starts, y, m, n, k,
+                    a_pitch, b_pitch,
                 );
             },
         }

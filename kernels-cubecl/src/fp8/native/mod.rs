@@ -124,6 +124,30 @@ pub fn grouped_matmul_nt(
     launch::grouped_matmul_nt(a, b, counts, dtype).map(Tensor::from_primitive::<Cube>)
 }
 
+/// The product of every segment of the inner size, `y_e = a_e b_e^T`, by a kernel, with a result of type `dtype`: f32 or
+/// bf16. With [`quantize_transposed`] of the rows of all experts, the gradients of their matrices.
+///
+/// Segments as for [`grouped_matmul_nt`]; the result of an empty one is zero.
+///
+/// # Shapes
+/// - `a`: `[M, S]`, `b`: `[N, S]`, both in rows' tiles
+/// - `counts`: `[E]`
+/// - result: `[E M, N]`
+///
+/// # Errors
+/// If no kernel serves the tensors.
+#[cfg(feature = "cuda")]
+pub fn segments_matmul_nt(
+    a: &Quantized,
+    b: &Quantized,
+    counts: Tensor<1, Int>,
+    dtype: DType,
+) -> Result<Tensor<2>, Unsupported> {
+    let (a, b) = operands(a, b)?;
+    let counts = primitive("the counts", counts)?;
+    launch::segments_matmul_nt(a, b, counts, dtype).map(Tensor::from_primitive::<Cube>)
+}
+
 /// Codes and scales.
 #[cfg(feature = "cuda")]
 type Operand = (CubeTensor, CubeTensor);

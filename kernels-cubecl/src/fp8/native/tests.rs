@@ -297,6 +297,24 @@ fn tiles_of_rows_belong_to_the_experts_of_their_segments() {
     assert!(all.into_iter().eq(0..201));
 }
 
+#[cfg(feature = "cuda")]
+#[test]
+fn segments_start_behind_the_padded_ones_before() {
+    let found = |counts: &[i32]| {
+        let counts = Tensor::<1, Int>::from_data(counts, &device());
+        let counts = counts
+            .try_into_primitive::<Cube>()
+            .expect("a CubeCL device");
+        let starts = crate::fp8::launch::segment_starts(counts);
+        let starts = Tensor::<1, Int>::from_primitive::<Cube>(starts);
+        starts.into_data().iter::<i32>().collect::<Vec<_>>()
+    };
+    for counts in [[0, 1, 0, 0, 300, 128, 0], [0, 128, 0, 0, 384, 128, 0]] {
+        assert_eq!(found(&counts), [0, 0, 1, 1, 1, 4, 5, 5]);
+    }
+    assert!(found(&[128; 200]).into_iter().eq(0..201));
+}
+
 #[test]
 fn what_no_kernel_serves_is_refused() {
     let empty = Tensor::<2>::zeros([0, 4], &device());
