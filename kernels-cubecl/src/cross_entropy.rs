@@ -1,7 +1,8 @@
-//! Cross-entropy of logits with one right class per row.
+//! Cross-entropy with one right class per row: of logits, and of an output head that makes them.
 //!
-//! Native on Flex for f32: one pass over the logits forward and one backward, in place of a log-softmax and its
-//! gradient as tensors of their own.
+//! Native on Flex for f32. Of logits: one pass over them forward and one backward, in place of a log-softmax and its
+//! gradient as tensors of their own. With the head: a slice of rows at a time from logits to gradients, so that neither
+//! logits nor their gradient are ever there as a whole.
 
 use burn::{
     backend::{
@@ -14,12 +15,13 @@ use burn::{
         backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Int, Tensor, activation::log_softmax},
+    tensor::{Int, Shape, Tensor, activation::log_softmax},
 };
 use rayon::prelude::*;
 
 use crate::{
-    flex::{contiguous, dims, elements, float_tensor, indices, is_native_f32},
+    flex::{contiguous, dims, elements, float_tensor, indices, is_native_f32, matrix},
+    gemm::{Into, Matrix, add_product, multiply},
     vector::{exp, max, sum, vectorized},
 };
 
@@ -38,6 +40,22 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     }
 }
 
+/// As [`cross_entropy`], of the logits `x W`.
+///
+/// # Shapes
+/// - `x`: `[N, D]`, `weight`: `[D, W]`
+/// - `targets`: `[N]`, classes below W
+/// - result: `[1]`
+pub fn linear_cross_entropy(x: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    if is_native_f32(&x.device(), x.dtype()) {
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        let targets = targets.into_dispatch();
+        Tensor::from_dispatch(Dispatch::head_cross_entropy(x, weight, targets))
+    } else {
+        cross_entropy(x.matmul(weight), targets)
+    }
+}
+
 fn reference(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     log_softmax(logits, 1)
         .gather(1, targets.unsqueeze_dim(1))
@@ -49,6 +67,12 @@ fn reference(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
 pub(crate) trait CrossEntropyOps: burn::backend::Backend {
     fn mean_cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>)
     -> FloatTensor<Self>;
+
+    fn head_cross_entropy(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self>;
 }
 
 /// The gradient of [`CrossEntropyOps`], on backends without autodiff.
@@ -59,6 +83,13 @@ pub(crate) trait CrossEntropyGrad: burn::backend::Backend {
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> FloatTensor<Self>;
+
+    /// The loss of `head_cross_entropy` and its gradients with respect to `x` and to `weight`.
+    fn head_cross_entropy_grads(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> [FloatTensor<Self>; 3];
 }
 
 impl CrossEntropyOps for Flex {
@@ -78,10 +109,56 @@ impl CrossEntropyOps for Flex {
                 })
             })
             .collect();
-        // In double precision and in order, so that the sum does not depend on threads.
-        let total: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
-        float_tensor(vec![(total / rows as f64) as f32], [1])
+        float_tensor(vec![mean(&losses, rows)], [1])
     }
+
+    fn head_cross_entropy(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let ([rows, width], [_, classes]) = (dims(&x), dims(&weight));
+        let (x, targets) = (contiguous(x), indices(&targets));
+        let (x, weight) = (elements::<f32>(&x), matrix(&weight));
+        let part = part_of(rows, classes);
+        let mut losses = vec![0f32; rows];
+        let parts = losses.par_chunks_mut(part).zip(x.par_chunks(part * width));
+        parts
+            .zip(targets.par_chunks(part))
+            .for_each(|((losses, x), targets)| {
+                let mut logits = vec![0f32; losses.len() * classes];
+                multiply(
+                    Matrix::of(x, losses.len(), width),
+                    weight,
+                    &mut logits,
+                    Into::Replace,
+                );
+                for ((loss, row), &target) in losses
+                    .iter_mut()
+                    .zip(logits.chunks_exact(classes))
+                    .zip(targets)
+                {
+                    let (highest, total) = vectorized(|| softmax_parts(row));
+                    *loss = (highest - row[target]) + total.ln();
+                }
+            });
+        float_tensor(vec![mean(&losses, rows)], [1])
+    }
+}
+
+/// In double precision and in order, so that the sum does not depend on threads.
+fn mean(losses: &[f32], rows: usize) -> f32 {
+    let total: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
+    (total / rows as f64) as f32
+}
+
+/// Rows whose logits are there at a time, for each thread: some megabytes.
+fn part_of(rows: usize, classes: usize) -> usize {
+    const LOGITS: usize = 1 << 21;
+    (LOGITS / classes)
+        .clamp(16, 256)
+        .min(rows.div_ceil(rayon::current_num_threads()))
+        .max(1)
 }
 
 impl CrossEntropyGrad for Flex {
@@ -108,6 +185,66 @@ impl CrossEntropyGrad for Flex {
                 out[target] -= scale;
             });
         float_tensor(out, [rows, classes])
+    }
+
+    /// With P the probabilities and Y the right classes: dZ = (P - Y) / N, dX = dZ W^T, dW = X^T dZ. Threads have rows of
+    /// X for the first two, rows of W for the last, which is summed over the slices in order.
+    fn head_cross_entropy_grads(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> [FloatTensor<Self>; 3] {
+        let ([rows, width], [_, classes]) = (dims(&x), dims(&weight));
+        let (x, targets) = (contiguous(x), indices(&targets));
+        let (x, weight) = (elements::<f32>(&x), matrix(&weight));
+        let scale = 1.0 / rows as f32;
+        let part = part_of(rows, classes);
+        let slice = part * rayon::current_num_threads();
+        let mut losses = vec![0f32; rows];
+        let mut grad_x = vec![0f32; rows * width];
+        let mut grad_weight = vec![0f32; width * classes];
+        let mut logits = vec![0f32; slice.min(rows) * classes];
+        let slices = losses
+            .chunks_mut(slice)
+            .zip(grad_x.chunks_mut(slice * width));
+        let inputs = x.chunks(slice * width).zip(targets.chunks(slice));
+        for ((losses, grad_x), (x, targets)) in slices.zip(inputs) {
+            let rows = losses.len();
+            let logits = &mut logits[..rows * classes];
+            let outputs = losses
+                .par_chunks_mut(part)
+                .zip(grad_x.par_chunks_mut(part * width));
+            let inputs = x.par_chunks(part * width).zip(targets.par_chunks(part));
+            let tasks = logits
+                .par_chunks_mut(part * classes)
+                .zip(outputs)
+                .zip(inputs);
+            tasks.for_each(|((logits, (losses, grad_x)), (x, targets))| {
+                let rows = losses.len();
+                multiply(Matrix::of(x, rows, width), weight, logits, Into::Replace);
+                let examples = losses.iter_mut().zip(logits.chunks_exact_mut(classes));
+                for ((loss, row), &target) in examples.zip(targets) {
+                    let (highest, total) = vectorized(|| softmax_parts(row));
+                    *loss = (highest - row[target]) + total.ln();
+                    let factor = scale / total;
+                    vectorized(|| {
+                        for logit in &mut *row {
+                            *logit = factor * exp(*logit - highest);
+                        }
+                    });
+                    row[target] -= scale;
+                }
+                let grad = Matrix::of(logits, rows, classes);
+                multiply(grad, weight.transposed(), grad_x, Into::Replace);
+            });
+            let x = Matrix::of(x, rows, width).transposed();
+            add_product(x, Matrix::of(logits, rows, classes), &mut grad_weight);
+        }
+        [
+            float_tensor(vec![mean(&losses, losses.len())], [1]),
+            float_tensor(grad_x, [rows, width]),
+            float_tensor(grad_weight, [width, classes]),
+        ]
     }
 }
 
@@ -159,6 +296,44 @@ where
             }
         }
     }
+
+    fn head_cross_entropy(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let nodes = [x.node(), weight.node()];
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        match HeadCrossEntropy
+            .prepare::<C>(nodes)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                let [loss, grad_x, grad_weight] = B::head_cross_entropy_grads(x, weight, targets);
+                prep.finish([grad_x, grad_weight], loss)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::head_cross_entropy(x, weight, targets)),
+        }
+    }
+}
+
+/// The gradients are there since the forward pass; the backward pass only scales them.
+#[derive(Debug)]
+struct HeadCrossEntropy;
+
+impl<B: CrossEntropyOps + CrossEntropyGrad> Backward<B, 2> for HeadCrossEntropy {
+    type State = [FloatTensor<B>; 2];
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let scale = grads.consume::<B>(&ops.node);
+        for (node, grad) in ops.parents.into_iter().zip(ops.state) {
+            if let Some(node) = node {
+                let scale = B::float_reshape(scale.clone(), Shape::new([1, 1]));
+                grads.register::<B>(node.id, B::float_mul(grad, scale));
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -190,6 +365,36 @@ mod tests {
             native.0.assert_approx_eq(&expected.0, Tolerance::<f32>::rel_abs(1e-5, 1e-5));
             // Logits go to about 40, where neighbouring numbers are 4e-6 apart: that is the relative error of exp.
             native.1.assert_approx_eq(&expected.1, Tolerance::<f32>::rel_abs(1e-5, 1e-6));
+        }
+    }
+
+    #[test]
+    fn the_head_agrees_with_its_logits() {
+        let device = Device::flex().autodiff();
+        // One row; rows and classes that are cut into slices, with tails; a view for a weight, as of tied embeddings.
+        for [rows, width, classes] in [[1, 3, 2], [70, 9, 33], [600, 20, 5001], [40, 4, 140_000]] {
+            let random = |shape: [usize; 2]| {
+                Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad()
+            };
+            let (x, weight) = (random([rows, width]), random([classes, width]));
+            let targets: Vec<i32> = (0..rows).map(|row| (row * 7919 % classes) as i32).collect();
+            let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [rows]), &device);
+            let run = |loss: Tensor<1>| {
+                let grads = (loss.clone() * 3.0).backward();
+                let grads = [&x, &weight].map(|of| of.grad(&grads).expect("reached").into_data());
+                (loss.into_data(), grads)
+            };
+            let view = || weight.clone().transpose();
+            let found = run(linear_cross_entropy(x.clone(), view(), targets.clone()));
+            let expected = run(reference(x.clone().matmul(view()), targets.clone()));
+            found
+                .0
+                .assert_approx_eq(&expected.0, Tolerance::<f32>::relative(1e-5));
+            for (found, expected) in found.1.iter().zip(&expected.1) {
+                found.assert_approx_eq(expected, Tolerance::<f32>::rel_abs(1e-4, 1e-6));
+            }
+            let plain = linear_cross_entropy(x.clone().inner(), view().inner(), targets.inner());
+            assert_eq!(plain.into_data(), found.0);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What the native CPU versions share: which tensors they serve, and access to their elements.
 
+use crate::gemm::Matrix;
 use burn::{
     backend::{DispatchDevice, Flex, TensorMetadata, tensor::FloatTensor},
     tensor::{DType, Device, Element, Shape, TensorData},
@@ -85,6 +86,24 @@ pub(crate) fn elements<T: Scalar>(tensor: &FlexFloat) -> &[T] {
     tensor
         .as_slice()
         .expect("made contiguous, of the matched element type")
+}
+
+/// The elements of a contiguous float tensor, copied first if others hold it too.
+pub(crate) fn elements_mut(tensor: &mut FlexFloat) -> &mut [f32] {
+    let start = tensor.layout().start_offset();
+    let length = tensor.layout().num_elements();
+    &mut tensor.storage_mut::<f32>()[start..start + length]
+}
+
+/// A tensor of two dimensions as a matrix, with its strides.
+pub(crate) fn matrix<T: Scalar>(tensor: &FlexFloat) -> Matrix<'_, T> {
+    let [rows, columns] = dims(tensor);
+    let layout = tensor.layout();
+    let &[row_stride, column_stride] = layout.strides() else {
+        panic!("a matrix has two strides, found {:?}", layout.strides());
+    };
+    let elements = &tensor.storage::<T>()[layout.start_offset()..];
+    Matrix::viewed(elements, [rows, columns], [row_stride, column_stride])
 }
 
 /// The elements of an index tensor.

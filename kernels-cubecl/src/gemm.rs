@@ -1,4 +1,8 @@
-//! Matrix products of views on the calling thread: the gemm crate behind checked slices.
+//! Matrix products of views: the gemm crate behind checked slices.
+
+use std::mem::MaybeUninit;
+
+use rayon::prelude::*;
 
 use crate::flex::Scalar;
 
@@ -25,10 +29,20 @@ impl<'a, T> Matrix<'a, T> {
         columns: usize,
         row_stride: usize,
     ) -> Self {
-        let reach = if rows == 0 || columns == 0 {
-            0
-        } else {
-            (rows - 1) * row_stride + columns
+        Self::viewed(elements, [rows, columns], [row_stride as isize, 1])
+    }
+
+    /// Elements so many places apart.
+    pub(crate) fn viewed(
+        elements: &'a [T],
+        [rows, columns]: [usize; 2],
+        strides: [isize; 2],
+    ) -> Self {
+        let [row_stride, column_stride] =
+            strides.map(|stride| usize::try_from(stride).expect("elements in ascending order"));
+        let reach = match rows * columns {
+            0 => 0,
+            _ => (rows - 1) * row_stride + (columns - 1) * column_stride + 1,
         };
         assert!(
             reach <= elements.len(),
@@ -40,7 +54,21 @@ impl<'a, T> Matrix<'a, T> {
             rows,
             columns,
             row_stride,
-            column_stride: 1,
+            column_stride,
+        }
+    }
+
+    /// Some of the rows.
+    pub(crate) fn rows(self, rows: std::ops::Range<usize>) -> Self {
+        assert!(
+            rows.start < rows.end && rows.end <= self.rows,
+            "rows {rows:?} of {}",
+            self.rows
+        );
+        Self {
+            elements: &self.elements[rows.start * self.row_stride..],
+            rows: rows.len(),
+            ..self
         }
     }
 
@@ -64,29 +92,76 @@ pub(crate) enum Into {
     Add,
 }
 
-/// `out = a b` or `out += a b`, row-major and without gaps.
-pub(crate) fn multiply<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut [T], into: Into) {
-    assert_eq!(a.columns, b.rows, "inner sizes differ");
-    assert_eq!(out.len(), a.rows * b.columns, "the result has another size");
-    if out.is_empty() {
-        return;
+/// `a b`, row-major, computed by all threads.
+pub(crate) fn product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
+    let length = a.rows * b.columns;
+    let mut out = Vec::with_capacity(length);
+    by_rows(a, b, &mut out.spare_capacity_mut()[..length], multiply_into);
+    #[allow(unsafe_code, reason = "zeros first would be a pass over memory")]
+    // SAFETY: every element was written.
+    unsafe {
+        out.set_len(length);
     }
-    if a.columns == 0 {
-        if into == Into::Replace {
-            out.fill(T::ZERO);
-        }
+    out
+}
+
+/// `out += a b` by all threads.
+pub(crate) fn add_product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut [T]) {
+    by_rows(a, b, out, |a, b, out| multiply(a, b, out, Into::Add));
+}
+
+/// Hands parts of the rows of the result to the threads.
+fn by_rows<T: Scalar, O: Send>(
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    out: &mut [O],
+    multiply: impl Fn(Matrix<'_, T>, Matrix<'_, T>, &mut [O]) + Sync,
+) {
+    /// Multiplications that are worth waking another thread for.
+    const WORTH: usize = 1 << 20;
+    let work = a.rows * a.columns * b.columns;
+    let parts = (work / WORTH).clamp(1, rayon::current_num_threads());
+    if parts == 1 || a.rows < 2 {
+        return multiply(a, b, out);
+    }
+    let rows = a.rows.div_ceil(parts);
+    out.par_chunks_mut(rows * b.columns)
+        .enumerate()
+        .for_each(|(part, out)| {
+            let a = a.rows(part * rows..part * rows + out.len() / b.columns);
+            multiply(a, b, out);
+        });
+}
+
+/// `out = a b` or `out += a b`, row-major and without gaps, on the calling thread.
+pub(crate) fn multiply<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut [T], into: Into) {
+    assert_eq!(out.len(), a.rows * b.columns, "the result has another size");
+    call(a, b, out.as_mut_ptr(), into);
+}
+
+/// As [`multiply`] for a result that is not written yet.
+fn multiply_into<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut [MaybeUninit<T>]) {
+    assert_eq!(out.len(), a.rows * b.columns, "the result has another size");
+    call(a, b, out.as_mut_ptr().cast(), Into::Replace);
+}
+
+/// The product into `a.rows * b.columns` elements from `out` on.
+fn call<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, into: Into) {
+    assert_eq!(a.columns, b.rows, "inner sizes differ");
+    if a.rows * b.columns == 0 {
         return;
     }
     let add = into == Into::Add;
-    // SAFETY: a `Matrix` reaches no further than its slice, which its constructors check, and `out` has as many
-    // elements as the result; the three do not overlap because `out` is borrowed mutably.
     #[allow(unsafe_code, reason = "the gemm crate takes pointers and strides")]
+    // SAFETY: a `Matrix` reaches no further than its slice, which its constructors check, and both callers borrow as
+    // many elements as the result has mutably, so that the three do not overlap. Where the product replaces them, they
+    // are written and not read.
     unsafe {
         gemm::gemm(
             a.rows,
             b.columns,
             a.columns,
-            out.as_mut_ptr(),
+            out,
             1,
             b.columns as isize,
             add,

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
 mod cube;
@@ -9,9 +10,12 @@ mod flex;
 pub mod fp8;
 mod gemm;
 pub mod grouped_gemm;
+pub mod linear;
 pub mod mla_decode;
+mod parts;
 pub mod permute;
 pub mod rms_norm;
+pub mod rope;
 pub mod routing;
 pub mod swiglu;
 mod vector;

@@ -15,10 +15,10 @@ use burn::{
     },
     tensor::Tensor,
 };
-use rayon::prelude::*;
 
 use crate::{
     flex::{contiguous, dims, elements, float_tensor, is_native_f32},
+    parts::by_parts,
     vector::{sum, vectorized},
 };
 
@@ -75,11 +75,9 @@ impl RmsNormOps for Flex {
         let shape = x.layout().shape().clone();
         let (x, weight) = (elements::<f32>(&x), elements::<f32>(&weight));
         let width = weight.len();
-        let mut out = vec![0f32; x.len()];
-        let tasks = out
-            .par_chunks_mut(ROWS * width)
-            .zip(x.par_chunks(ROWS * width));
-        tasks.for_each(|(out, x)| {
+        let size = ROWS * width;
+        let (out, _) = by_parts(x.len(), size, |part, out: &mut [f32]| {
+            let x = &x[part * size..][..out.len()];
             vectorized(|| {
                 for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                     let scale = inverse_rms(x, epsilon);
@@ -110,32 +108,26 @@ impl RmsNormGrad for Flex {
             elements::<f32>(&x),
             elements::<f32>(&weight),
         );
-        let mut grad_x = vec![0f32; x.len()];
-        let chunk = ROWS * width;
-        let tasks = grad_x
-            .par_chunks_mut(chunk)
-            .zip(grad.par_chunks(chunk))
-            .zip(x.par_chunks(chunk));
-        let partial: Vec<Vec<f32>> = tasks
-            .map(|((grad_x, grad), x)| {
-                let mut grad_weight = vec![0f32; width];
-                vectorized(|| {
-                    let rows = grad.chunks_exact(width).zip(x.chunks_exact(width));
-                    for (grad_x, (grad, x)) in grad_x.chunks_exact_mut(width).zip(rows) {
-                        let scale = inverse_rms(x, epsilon);
-                        for i in 0..width {
-                            grad_x[i] = grad[i] * weight[i];
-                            grad_weight[i] += grad[i] * x[i] * scale;
-                        }
-                        let along = crate::vector::dot(grad_x, x) * scale * scale / width as f32;
-                        for i in 0..width {
-                            grad_x[i] = scale * (grad_x[i] - x[i] * along);
-                        }
+        let size = ROWS * width;
+        let (grad_x, partial) = by_parts(x.len(), size, |part, grad_x: &mut [f32]| {
+            let (grad, x) = (&grad[part * size..], &x[part * size..]);
+            let mut grad_weight = vec![0f32; width];
+            vectorized(|| {
+                let rows = grad.chunks_exact(width).zip(x.chunks_exact(width));
+                for (grad_x, (grad, x)) in grad_x.chunks_exact_mut(width).zip(rows) {
+                    let scale = inverse_rms(x, epsilon);
+                    for i in 0..width {
+                        grad_x[i] = grad[i] * weight[i];
+                        grad_weight[i] += grad[i] * x[i] * scale;
                     }
-                });
-                grad_weight
-            })
-            .collect();
+                    let along = crate::vector::dot(grad_x, x) * scale * scale / width as f32;
+                    for i in 0..width {
+                        grad_x[i] = scale * (grad_x[i] - x[i] * along);
+                    }
+                }
+            });
+            grad_weight
+        });
         let mut grad_weight = vec![0f32; width];
         for part in partial {
             for (sum, part) in grad_weight.iter_mut().zip(part) {

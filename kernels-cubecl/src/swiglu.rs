@@ -15,10 +15,10 @@ use burn::{
     },
     tensor::{Tensor, activation::silu},
 };
-use rayon::prelude::*;
 
 use crate::{
     flex::{contiguous, elements, float_tensor, is_native_f32},
+    parts::{by_parts, two_by_parts},
     vector::{sigmoid, vectorized},
 };
 
@@ -57,12 +57,9 @@ impl SwigluOps for Flex {
         let (gate, up) = (contiguous(gate), contiguous(up));
         let shape = gate.layout().shape().clone();
         let (gate, up) = (elements::<f32>(&gate), elements::<f32>(&up));
-        let mut out = vec![0f32; gate.len()];
-        let chunks = out
-            .par_chunks_mut(CHUNK)
-            .zip(gate.par_chunks(CHUNK))
-            .zip(up.par_chunks(CHUNK));
-        chunks.for_each(|((out, gate), up)| {
+        let (out, _) = by_parts(gate.len(), CHUNK, |part, out: &mut [f32]| {
+            let part = part * CHUNK..part * CHUNK + out.len();
+            let (gate, up) = (&gate[part.clone()], &up[part]);
             vectorized(|| {
                 for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
                     *out = gate * sigmoid(gate) * up;
@@ -86,26 +83,18 @@ impl SwigluGrad for Flex {
             elements::<f32>(&gate),
             elements::<f32>(&up),
         );
-        let mut grad_gate = vec![0f32; gate.len()];
-        let mut grad_up = vec![0f32; gate.len()];
-        let inputs = grad
-            .par_chunks(CHUNK)
-            .zip(gate.par_chunks(CHUNK))
-            .zip(up.par_chunks(CHUNK));
-        let outputs = grad_gate
-            .par_chunks_mut(CHUNK)
-            .zip(grad_up.par_chunks_mut(CHUNK));
-        outputs
-            .zip(inputs)
-            .for_each(|((grad_gate, grad_up), ((grad, gate), up))| {
-                vectorized(|| {
-                    for i in 0..grad.len() {
-                        let s = sigmoid(gate[i]);
-                        grad_up[i] = grad[i] * gate[i] * s;
-                        grad_gate[i] = grad[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-                    }
-                });
+        let fill = |part: usize, grad_gate: &mut [f32], grad_up: &mut [f32]| {
+            let part = part * CHUNK..part * CHUNK + grad_up.len();
+            let (grad, gate, up) = (&grad[part.clone()], &gate[part.clone()], &up[part]);
+            vectorized(|| {
+                for i in 0..grad.len() {
+                    let s = sigmoid(gate[i]);
+                    grad_up[i] = grad[i] * gate[i] * s;
+                    grad_gate[i] = grad[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
+                }
             });
+        };
+        let [grad_gate, grad_up] = two_by_parts(gate.len(), CHUNK, fill);
         (
             float_tensor(grad_gate, shape.clone()),
             float_tensor(grad_up, shape),

@@ -1,6 +1,7 @@
 //! One transformer layer: attention and a feed-forward part, each normed before and added to the residual stream.
 
 use burn::{module::Module, tensor::Tensor};
+use deepburn_kernels::rope::Rotation;
 
 use crate::{
     attention::{Attention, AttentionMask, LayerCache},
@@ -10,7 +11,6 @@ use crate::{
     moe::{Moe, MoeOutput},
     norm::RmsNorm,
     projection::Arithmetic,
-    rope::RopeTables,
 };
 
 /// A transformer layer.
@@ -82,7 +82,7 @@ impl DecoderLayer {
     ///
     /// # Shapes
     /// - `x`: `[B, T, D]`
-    pub fn forward(&self, x: Tensor<3>, rope: &RopeTables, mask: &AttentionMask) -> LayerOutput {
+    pub fn forward(&self, x: Tensor<3>, rope: &Rotation, mask: &AttentionMask) -> LayerOutput {
         let attention =
             self.self_attn
                 .expanded(self.input_layernorm.forward(x.clone()), rope, mask);
@@ -96,7 +96,7 @@ impl DecoderLayer {
     pub fn forward_cached(
         &self,
         x: Tensor<3>,
-        rope: &RopeTables,
+        rope: &Rotation,
         cache: &mut LayerCache,
     ) -> LayerOutput {
         let attention =

@@ -1,6 +1,7 @@
 //! Multi-token prediction (report section 2.2): modules that predict further tokens, each from the one before.
 
 use burn::{module::Module, tensor::Tensor};
+use deepburn_kernels::rope::Rotation;
 
 use crate::{
     attention::AttentionMask,
@@ -9,7 +10,6 @@ use crate::{
     layer::{DecoderLayer, LayerOutput},
     norm::RmsNorm,
     projection::Projection,
-    rope::RopeTables,
 };
 
 /// The module of one prediction depth. Embedding and output head are the main model's.
@@ -72,7 +72,7 @@ impl MtpModule {
         &self,
         previous: Tensor<3>,
         embedded: Tensor<3>,
-        rope: &RopeTables,
+        rope: &Rotation,
         mask: &AttentionMask,
     ) -> MtpOutput {
         let both = vec![self.enorm.forward(embedded), self.hnorm.forward(previous)];

@@ -2,9 +2,12 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{Tensor, module::linear},
+    tensor::Tensor,
 };
-use deepburn_kernels::fp8::{self, ScaleFormat};
+use deepburn_kernels::{
+    fp8::{self, ScaleFormat},
+    linear::linear,
+};
 
 use crate::init::Initializer;
 
@@ -45,15 +48,14 @@ impl Projection {
     /// - result: `[.., out]`
     pub fn forward<const N: usize>(&self, x: Tensor<N>) -> Tensor<N> {
         let weight = self.weight.val();
-        match self.arithmetic {
-            Arithmetic::Full => linear(x, weight, None),
-            Arithmetic::Fp8(format) => {
-                let [inputs, outputs] = weight.dims();
-                let mut shape = x.dims();
-                let rows = fp8::linear(x.reshape([-1, inputs as i32]), weight, format);
-                shape[N - 1] = outputs;
-                rows.reshape(shape)
-            }
-        }
+        let [inputs, outputs] = weight.dims();
+        let mut shape = x.dims();
+        let rows = x.reshape([-1, inputs as i32]);
+        let rows = match self.arithmetic {
+            Arithmetic::Full => linear(rows, weight),
+            Arithmetic::Fp8(format) => fp8::linear(rows, weight, format),
+        };
+        shape[N - 1] = outputs;
+        rows.reshape(shape)
     }
 }

@@ -1,6 +1,7 @@
 //! Rotary positions with interleaved pairs, and their extension by YaRN.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Device;
+use deepburn_kernels::rope::Rotation;
 
 use crate::config::{ModelConfig, YarnConfig};
 
@@ -40,22 +41,18 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines of the positions `start..start + length`.
-    pub fn tables(&self, start: usize, length: usize, device: &Device) -> RopeTables {
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for position in start..start + length {
-            for speed in &self.inv_freq {
+    /// The rotation of the positions `start..start + length`.
+    pub fn rotation(&self, start: usize, length: usize, device: &Device) -> Rotation {
+        let positions = start..start + length;
+        let angles = positions.flat_map(|position| {
+            self.inv_freq.iter().map(move |speed| {
                 // As upstream: the angle is a single precision product.
-                let angle = f64::from(position as f32 * speed);
-                cos.push((angle.cos() * self.attention_scaling) as f32);
-                sin.push((angle.sin() * self.attention_scaling) as f32);
-            }
-        }
-        let shape = [1, length, 1, self.inv_freq.len(), 1];
-        RopeTables {
-            cos: Tensor::from_data(TensorData::new(cos, shape), device),
-            sin: Tensor::from_data(TensorData::new(sin, shape), device),
-        }
+                let (sin, cos) = f64::from(position as f32 * speed).sin_cos();
+                let scaled = |x: f64| (x * self.attention_scaling) as f32;
+                (scaled(sin), scaled(cos))
+            })
+        });
+        Rotation::new(angles, [length, self.inv_freq.len()], device)
     }
 }
 
@@ -94,37 +91,9 @@ fn magnitude(factor: f64, mscale: f64) -> f64 {
     }
 }
 
-/// Cosines and sines of a run of positions.
-#[derive(Clone, Debug)]
-pub struct RopeTables {
-    cos: Tensor<5>, // [1, T, 1, R/2, 1]
-    sin: Tensor<5>,
-}
-
-impl RopeTables {
-    /// Turns the neighbouring pairs of the last dimension by their position's angle.
-    ///
-    /// # Shapes
-    /// - `x`: `[B, T, H, R]`, as the result
-    pub fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
-        let [batch, length, heads, width] = x.dims();
-        let pairs = x.reshape([batch, length, heads, width / 2, 2]);
-        let real = pairs.clone().narrow(4, 0, 1);
-        let imaginary = pairs.narrow(4, 1, 1);
-        Tensor::cat(
-            vec![
-                real.clone() * self.cos.clone() - imaginary.clone() * self.sin.clone(),
-                real * self.sin.clone() + imaginary * self.cos.clone(),
-            ],
-            4,
-        )
-        .reshape([batch, length, heads, width])
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Tolerance;
+    use burn::tensor::{Tensor, TensorData, Tolerance};
 
     use super::*;
     use crate::config::tests::tiny;
@@ -135,7 +104,7 @@ mod tests {
         let rope = Rope::new(&tiny());
         assert_eq!(rope.inv_freq, [1.0, 0.01]);
         let x = Tensor::<4>::from_data([[[[1.0, 0.0, 0.0, 2.0]]]], &device);
-        let turned = rope.tables(3, 1, &device).rotate(x);
+        let turned = rope.rotation(3, 1, &device).rotate(x);
         let expected = [[[[
             3f32.cos(),
             3f32.sin(),

@@ -11,6 +11,7 @@ use burn::{
     nn::Embedding,
     tensor::{Device, Int, Tensor},
 };
+use deepburn_kernels::cross_entropy::linear_cross_entropy;
 
 use crate::{
     attention::{AttentionMask, LatentCache},
@@ -92,7 +93,7 @@ impl Transformer {
     /// - `tokens`: `[B, T]`
     pub fn forward(&self, tokens: Tensor<2, Int>, mask: &AttentionMask) -> Output {
         let [_, length] = tokens.dims();
-        let rope = self.rope.tables(0, length, &tokens.device());
+        let rope = self.rope.rotation(0, length, &tokens.device());
         self.run(tokens, |_, layer, x| layer.forward(x, &rope, mask))
     }
 
@@ -102,7 +103,7 @@ impl Transformer {
     /// - `tokens`: `[B, T]`
     pub fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut LatentCache) -> Output {
         let [_, length] = tokens.dims();
-        let rope = self.rope.tables(cache.len(), length, &tokens.device());
+        let rope = self.rope.rotation(cache.len(), length, &tokens.device());
         self.run(tokens, |index, layer, x| {
             layer.forward_cached(x, &rope, &mut cache.layers[index])
         })
@@ -139,7 +140,7 @@ impl Transformer {
         mask: &AttentionMask,
     ) -> MtpOutput {
         let [_, length] = tokens.dims();
-        let rope = self.rope.tables(0, length, &tokens.device());
+        let rope = self.rope.rotation(0, length, &tokens.device());
         self.mtp[depth].forward(previous, self.embed_tokens.forward(tokens), &rope, mask)
     }
 
@@ -153,6 +154,26 @@ impl Transformer {
             Some(head) => head.forward(hidden),
             None => hidden.matmul(self.embed_tokens.weight.val().transpose().unsqueeze()),
         }
+    }
+
+    /// Mean cross-entropy of the head's predictions, in nats: of [`logits`](Self::logits), which it does not hold as a
+    /// whole where the device has a kernel.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[B, T, D]`
+    /// - `targets`: `[B, T]`
+    pub fn cross_entropy(&self, hidden: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
+        let weight = match &self.lm_head {
+            Some(head) => head.weight.val(),
+            None => self.embed_tokens.weight.val().transpose(),
+        };
+        let [batch, length, width] = hidden.dims();
+        let rows = batch * length;
+        linear_cross_entropy(
+            hidden.reshape([rows, width]),
+            weight,
+            targets.reshape([rows]),
+        )
     }
 
     /// An empty cache for this model.

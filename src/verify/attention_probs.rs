@@ -7,11 +7,9 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{Int, Tensor, TensorData, activation::softmax},
 };
+use deepburn_kernels::rope::Rotation;
 use deepburn_model::{
-    attention::Attention,
-    config::ModelConfig,
-    parameters::ModulePath,
-    rope::{Rope, RopeTables},
+    attention::Attention, config::ModelConfig, parameters::ModulePath, rope::Rope,
 };
 
 /// The latent norms have this epsilon whatever the configuration says.
@@ -26,7 +24,7 @@ pub(super) fn probabilities(
     attention: &Attention,
     config: &ModelConfig,
     x: Tensor<3>,
-    rope: &RopeTables,
+    rope: &Rotation,
 ) -> Tensor<4> {
     let [batch, length, _] = x.dims();
     let device = x.device();

@@ -1,9 +1,10 @@
 //! `reference.safetensors`: constants, the results of every layer, prediction of further tokens, losses.
 
 use burn::tensor::{Int, Tensor};
+use deepburn_kernels::rope::Rotation;
 use deepburn_model::{
     attention::AttentionMask, config::ModelConfig, layer::DecoderLayer, loss::cross_entropy,
-    moe::Routing, projection::Arithmetic, rope::RopeTables, transformer::Transformer,
+    moe::Routing, projection::Arithmetic, transformer::Transformer,
 };
 
 use super::{
@@ -83,7 +84,7 @@ fn layers(
 ) -> anyhow::Result<()> {
     let [_, length] = tokens.dims();
     let device = tokens.device();
-    let rope = model.rope().tables(0, length, &device);
+    let rope = model.rope().rotation(0, length, &device);
     let mask = AttentionMask::causal(length, &device);
     let mut x = model.embed_tokens.forward(tokens.clone());
     for (index, layer) in model.layers.iter().enumerate() {
@@ -119,7 +120,7 @@ fn attention(
     config: &ModelConfig,
     results: Bound,
     x: Tensor<3>,
-    rope: &RopeTables,
+    rope: &Rotation,
     prefix: &str,
     comparison: &mut Comparison,
 ) -> anyhow::Result<()> {

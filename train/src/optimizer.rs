@@ -1,20 +1,66 @@
 //! The optimizer and its learning rate, as Burn's Learner takes them.
 
-use burn::optim::{
-    AdamWConfig, LearningRate as Rate, ModuleOptimizer,
-    lr_scheduler::{LrScheduler, LrSchedulerRecord},
+use burn::{
+    optim::{
+        AdamWState, AdaptiveMomentumState, LearningRate as Rate, ModuleOptimizer, Optimizer,
+        lr_scheduler::{LrScheduler, LrSchedulerRecord},
+    },
+    tensor::{Device, Tensor},
 };
+use deepburn_kernels::adamw;
 
 use crate::{config::OptimizerConfig, schedule::LearningRate};
 
 /// AdamW on every parameter. Gradients are clipped before, by their global norm (see [`crate::step::update`]).
 pub fn adamw(config: &OptimizerConfig) -> ModuleOptimizer {
-    AdamWConfig::new()
-        .with_beta_1(config.beta1 as f32)
-        .with_beta_2(config.beta2 as f32)
-        .with_epsilon(config.epsilon as f32)
-        .with_weight_decay(config.weight_decay as f32)
-        .init()
+    ModuleOptimizer::from(AdamW {
+        beta_1: config.beta1 as f32,
+        beta_2: config.beta2 as f32,
+        epsilon: config.epsilon as f32,
+        weight_decay: config.weight_decay as f32,
+    })
+}
+
+/// Burn's AdamW with its state and arithmetic, in one pass over each parameter where the device has a kernel.
+#[derive(Clone)]
+struct AdamW {
+    beta_1: f32,
+    beta_2: f32,
+    epsilon: f32,
+    weight_decay: f32,
+}
+
+impl Optimizer for AdamW {
+    type State<const D: usize> = AdamWState<D>;
+
+    fn step<const D: usize>(
+        &self,
+        rate: Rate,
+        parameter: Tensor<D>,
+        gradient: Tensor<D>,
+        state: Option<AdamWState<D>>,
+    ) -> (Tensor<D>, Option<AdamWState<D>>) {
+        let update = adamw::AdamW {
+            rate,
+            beta_1: self.beta_1,
+            beta_2: self.beta_2,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+        };
+        let (moments, time) = match state {
+            Some(AdamWState { momentum }) => {
+                ([momentum.moment_1, momentum.moment_2], momentum.time + 1)
+            }
+            None => ([gradient.zeros_like(), gradient.zeros_like()], 1),
+        };
+        let (parameter, [first, second]) = update.update(parameter, gradient, moments, time);
+        let momentum = AdaptiveMomentumState::new(time, first, second);
+        (parameter, Some(AdamWState::new(momentum)))
+    }
+
+    fn to_device<const D: usize>(state: AdamWState<D>, device: &Device) -> AdamWState<D> {
+        AdamWState::new(state.momentum.to_device(device))
+    }
 }
 
 /// The report's learning rate as a scheduler of Burn. Its only state is the step.

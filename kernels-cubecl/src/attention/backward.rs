@@ -10,17 +10,19 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 
-use super::{AttentionGrad, AttentionOps, Saved};
+use super::{AttentionGrad, AttentionOps, Inputs, Sizes};
 
 #[derive(Debug)]
 struct Attend;
 
 impl<B: AttentionOps + AttentionGrad> Backward<B, 3> for Attend {
-    type State = Saved<B>;
+    type State = (Inputs<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        for (node, grad) in ops.parents.into_iter().zip(B::attend_grad(grad, ops.state)) {
+        let (inputs, normalisers) = ops.state;
+        let all = B::attend_grad(grad, &inputs, normalisers);
+        for (node, grad) in ops.parents.into_iter().zip(all) {
             if let Some(node) = node {
                 grads.register::<B>(node.id, grad);
             }
@@ -31,18 +33,27 @@ impl<B: AttentionOps + AttentionGrad> Backward<B, 3> for Attend {
 impl<B: AttentionOps + AttentionGrad, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
     fn attend(
         q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        k_pe: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
         first: IntTensor<Self>,
+        sizes: Sizes,
     ) -> FloatTensor<Self> {
-        let nodes = [q.node(), k.node(), v.node()];
-        let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
+        let nodes = [q.node(), kv.node(), k_pe.node()];
+        let inputs = Inputs::<B> {
+            q: q.into_primitive(),
+            kv: kv.into_primitive(),
+            k_pe: k_pe.into_primitive(),
+            cos: cos.into_primitive(),
+            sin: sin.into_primitive(),
+            first,
+            sizes,
+        };
+        let (output, normalisers) = B::attend_saving(&inputs);
         match Attend.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let (output, saved) = B::attend_saving(q, k, v, first);
-                prep.finish(saved, output)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(B::attend(q, k, v, first)),
+            OpsKind::Tracked(prep) => prep.finish((inputs, normalisers), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
 }

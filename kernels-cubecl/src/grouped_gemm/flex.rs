@@ -6,12 +6,12 @@ use burn::backend::{
     Flex,
     tensor::{FloatTensor, IntTensor},
 };
-use rayon::prelude::*;
 
 use super::{GroupedGemmGrad, GroupedGemmOps};
 use crate::{
     flex::{FlexInt, Scalar, contiguous, dims, elements, float_tensor, indices, with_scalar},
     gemm::{Into, Matrix, multiply},
+    parts::{by_parts, by_sizes},
 };
 
 impl GroupedGemmOps for Flex {
@@ -52,8 +52,8 @@ impl GroupedGemmGrad for Flex {
         let (x, grad, segments) = (contiguous(x), contiguous(grad), segments(&counts));
         with_scalar!(x, T => {
             let (x, grad) = (elements::<T>(&x), elements::<T>(&grad));
-            let mut out = vec![T::ZERO; segments.len() * k * n];
-            out.par_chunks_exact_mut(k * n).zip(&segments).for_each(|(out, rows)| {
+            let (out, _) = by_parts(segments.len() * k * n, k * n, |expert, out| {
+                let rows = &segments[expert];
                 let x = Matrix::of(&x[rows.start * k..], rows.len(), k).transposed();
                 let grad = Matrix::of(&grad[rows.start * n..], rows.len(), n);
                 multiply(x, grad, out, Into::Replace);
@@ -70,19 +70,15 @@ fn by_segment<'a, T: Scalar>(
     segments: &[Range<usize>],
     weight: impl Fn(usize) -> Matrix<'a, T> + Sync,
 ) -> Vec<T> {
-    let mut out = vec![T::ZERO; rows * width];
-    let mut tasks = Vec::with_capacity(segments.len());
-    let mut rest = out.as_mut_slice();
-    for (expert, segment) in segments.iter().enumerate() {
-        let (mine, others) = rest.split_at_mut(segment.len() * width);
-        tasks.push((expert, segment, mine));
-        rest = others;
-    }
-    tasks.into_par_iter().for_each(|(expert, segment, out)| {
-        let x = Matrix::of(&x[segment.start * inner..], segment.len(), inner);
-        multiply(x, weight(expert), out, Into::Replace);
-    });
-    out
+    let behind = rows - segments.iter().map(Range::len).sum::<usize>();
+    let sizes = segments.iter().map(Range::len).chain([behind]);
+    let sizes: Vec<usize> = sizes.map(|rows| rows * width).collect();
+    by_sizes(&sizes, |expert, out| {
+        if let Some(segment) = segments.get(expert) {
+            let x = Matrix::of(&x[segment.start * inner..], segment.len(), inner);
+            multiply(x, weight(expert), out, Into::Replace);
+        }
+    })
 }
 
 fn segments(counts: &FlexInt) -> Vec<Range<usize>> {

@@ -7,8 +7,12 @@ use burn::backend::{
 use rayon::prelude::*;
 
 use super::{PermuteGrad, PermuteOps, Sorted, padded_rows};
-use crate::flex::{
-    FlexFloat, Scalar, contiguous, dims, elements, float_tensor, indices, int_tensor, with_scalar,
+use crate::{
+    flex::{
+        FlexFloat, Scalar, contiguous, dims, elements, float_tensor, indices, int_tensor,
+        with_scalar,
+    },
+    parts::by_parts,
 };
 
 impl PermuteOps for Flex {
@@ -138,14 +142,11 @@ fn fill_rows<T: Scalar>(
     const CHUNK: usize = 64;
     let [_, width] = dims(source);
     let values = elements::<T>(source);
-    let mut out = vec![T::ZERO; rows * width];
-    out.par_chunks_mut((CHUNK * width).max(1))
-        .enumerate()
-        .for_each(|(chunk, out)| {
-            for (offset, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
-                fill(values, width, chunk * CHUNK + offset, out);
-            }
-        });
+    let (out, _) = by_parts(rows * width, CHUNK * width, |chunk, out| {
+        for (offset, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
+            fill(values, width, chunk * CHUNK + offset, out);
+        }
+    });
     float_tensor(out, [rows, width])
 }
 

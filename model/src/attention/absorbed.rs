@@ -6,10 +6,9 @@
 
 use burn::tensor::{Int, Tensor, activation::softmax};
 
-use deepburn_kernels::mla_decode;
+use deepburn_kernels::{mla_decode, rope::Rotation};
 
 use super::{Attention, LayerCache};
-use crate::rope::RopeTables;
 
 /// Queries per sequence up to which a kernel that reads the cache for each of them pays.
 const FEW: usize = 8;
@@ -19,7 +18,7 @@ impl Attention {
     ///
     /// # Shapes
     /// - `x`: `[B, T, D]`, the tokens after those in the cache; as the result
-    pub fn absorbed(&self, x: Tensor<3>, rope: &RopeTables, cache: &mut LayerCache) -> Tensor<3> {
+    pub fn absorbed(&self, x: Tensor<3>, rope: &Rotation, cache: &mut LayerCache) -> Tensor<3> {
         let [batch, length, _] = x.dims();
         let (q_nope, q_pe) = self.queries(x.clone(), rope);
         let (c_kv, k_pe) = self.latents(x, rope);

@@ -16,12 +16,14 @@ use burn::{
 
 pub use cache::{LatentCache, LayerCache};
 
+use deepburn_kernels::{attention::Sizes, rope::Rotation};
+
 use crate::{
     config::ModelConfig,
     init::Initializer,
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
-    rope::{Rope, RopeTables},
+    rope::Rope,
 };
 
 /// The latent norms have this epsilon whatever the configuration says, as upstream.
@@ -140,7 +142,7 @@ impl Attention {
     }
 
     /// Queries, scaled for the softmax: without position `[B, T, H, N]` and rotated `[B, T, H, R]`.
-    fn queries(&self, x: Tensor<3>, rope: &RopeTables) -> (Tensor<4>, Tensor<4>) {
+    fn queries(&self, x: Tensor<3>, rope: &Rotation) -> (Tensor<4>, Tensor<4>) {
         let [batch, length, _] = x.dims();
         let q = self
             .query
@@ -152,15 +154,28 @@ impl Attention {
     }
 
     /// What the cache holds of `x`: the normed latent `[B, T, C]` and the rotated shared key `[B, T, R]`.
-    pub fn latents(&self, x: Tensor<3>, rope: &RopeTables) -> (Tensor<3>, Tensor<3>) {
+    pub fn latents(&self, x: Tensor<3>, rope: &Rotation) -> (Tensor<3>, Tensor<3>) {
         let [batch, length, _] = x.dims();
+        let (c_kv, k_pe) = self.latent_and_key(x);
+        let k_pe = rope.rotate(k_pe.reshape([batch, length, 1, self.rope]));
+        (c_kv, k_pe.reshape([batch, length, self.rope]))
+    }
+
+    /// The normed latent `[B, T, C]` and the shared key before its rotation, `[B, T, R]`.
+    fn latent_and_key(&self, x: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
         let kv = self.kv_a_proj_with_mqa.forward(x);
         let latent = kv.dims()[2] - self.rope;
         let c_kv = self.kv_a_layernorm.forward(kv.clone().narrow(2, 0, latent));
-        let k_pe = kv
-            .narrow(2, latent, self.rope)
-            .reshape([batch, length, 1, self.rope]);
-        (c_kv, rope.rotate(k_pe).reshape([batch, length, self.rope]))
+        (c_kv, kv.narrow(2, latent, self.rope))
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            heads: self.heads,
+            nope: self.nope,
+            value: self.value,
+            scale: self.softmax_scale,
+        }
     }
 }
 
@@ -212,13 +227,13 @@ mod tests {
             let attention = Attention::new(&config, Initializer::new(&device, 7, 0.3));
             let x = Tensor::<3>::random([2, 9, 32], Distribution::Normal(0.0, 1.0), &device);
             let mask = AttentionMask::causal(9, &device);
-            let expected = attention.expanded(x.clone(), &rope.tables(0, 9, &device), &mask);
+            let expected = attention.expanded(x.clone(), &rope.rotation(0, 9, &device), &mask);
             for pieces in [vec![9], vec![4, 1, 1, 3]] {
                 let mut cache = LayerCache::default();
                 let mut outputs = Vec::new();
                 let mut start = 0;
                 for length in pieces {
-                    let tables = rope.tables(start, length, &device);
+                    let tables = rope.rotation(start, length, &device);
                     let piece = x.clone().narrow(1, start, length);
                     outputs.push(attention.absorbed(piece, &tables, &mut cache));
                     start += length;

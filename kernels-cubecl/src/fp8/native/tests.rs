@@ -300,6 +300,8 @@ fn tiles_of_rows_belong_to_the_experts_of_their_segments() {
 #[cfg(feature = "cuda")]
 #[test]
 fn segments_start_behind_the_padded_ones_before() {
+    use burn::{backend::Cube, tensor::Int};
+
     let found = |counts: &[i32]| {
         let counts = Tensor::<1, Int>::from_data(counts, &device());
         let counts = counts

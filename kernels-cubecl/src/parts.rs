@@ -1,0 +1,110 @@
+//! Results that tasks on all threads fill part by part, without a pass over memory that only makes zeros of it.
+
+#![allow(unsafe_code, reason = "memory is used before all of it is initialised")]
+
+use std::mem::MaybeUninit;
+
+use rayon::prelude::*;
+
+use crate::flex::Scalar;
+
+/// A vector of `length` elements in parts of `size`, the last one shorter: `fill` gets the number of each part and its
+/// elements, zeros that it has just had written to cache. Also what `fill` returned, in order.
+pub(crate) fn by_parts<T: Scalar, R: Send>(
+    length: usize,
+    size: usize,
+    fill: impl Fn(usize, &mut [T]) -> R + Sync,
+) -> (Vec<T>, Vec<R>) {
+    let mut out = Vec::with_capacity(length);
+    let parts = fresh(&mut out, length).par_chunks_mut(size.max(1));
+    let returned = parts
+        .enumerate()
+        .map(|(part, elements)| fill(part, zeroed(elements)))
+        .collect();
+    // SAFETY: the parts cover all elements, and each was made zeros.
+    unsafe {
+        out.set_len(length);
+    }
+    (out, returned)
+}
+
+/// As [`by_parts`] with two vectors of the same length.
+pub(crate) fn two_by_parts<T: Scalar>(
+    length: usize,
+    size: usize,
+    fill: impl Fn(usize, &mut [T], &mut [T]) + Sync,
+) -> [Vec<T>; 2] {
+    let mut out = [Vec::with_capacity(length), Vec::with_capacity(length)];
+    let [first, second] = &mut out;
+    let first = fresh(first, length).par_chunks_mut(size.max(1));
+    let second = fresh(second, length).par_chunks_mut(size.max(1));
+    first
+        .zip(second)
+        .enumerate()
+        .for_each(|(part, (first, second))| fill(part, zeroed(first), zeroed(second)));
+    for out in &mut out {
+        // SAFETY: as in `by_parts`.
+        unsafe {
+            out.set_len(length);
+        }
+    }
+    out
+}
+
+/// A vector of parts of any sizes that follow each other, each filled as in [`by_parts`].
+pub(crate) fn by_sizes<T: Scalar>(
+    sizes: &[usize],
+    fill: impl Fn(usize, &mut [T]) + Sync,
+) -> Vec<T> {
+    let length = sizes.iter().sum();
+    let mut out = Vec::with_capacity(length);
+    let mut rest = fresh(&mut out, length);
+    let mut parts = Vec::with_capacity(sizes.len());
+    for (part, &size) in sizes.iter().enumerate() {
+        let (elements, others) = rest.split_at_mut(size);
+        parts.push((part, elements));
+        rest = others;
+    }
+    parts
+        .into_par_iter()
+        .for_each(|(part, elements)| fill(part, zeroed(elements)));
+    // SAFETY: as in `by_parts`.
+    unsafe {
+        out.set_len(length);
+    }
+    out
+}
+
+fn fresh<T>(out: &mut Vec<T>, length: usize) -> &mut [MaybeUninit<T>] {
+    &mut out.spare_capacity_mut()[..length]
+}
+
+fn zeroed<T: Scalar>(elements: &mut [MaybeUninit<T>]) -> &mut [T] {
+    elements.fill(MaybeUninit::new(T::ZERO));
+    // SAFETY: all elements have just been written.
+    unsafe { elements.assume_init_mut() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_every_element_once() {
+        let (out, returned) = by_parts(10, 4, |part, out: &mut [f32]| {
+            out.iter_mut().for_each(|x| *x += 1.0 + part as f32);
+            out.len()
+        });
+        assert_eq!(out, [1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 3.0, 3.0]);
+        assert_eq!(returned, [4, 4, 2]);
+        let [first, second] = two_by_parts(3, 2, |part, first: &mut [f32], second| {
+            first.fill(part as f32);
+            second[0] = 5.0;
+        });
+        assert_eq!((first, second), (vec![0.0, 0.0, 1.0], vec![5.0, 0.0, 5.0]));
+        let out = by_sizes(&[2, 0, 1], |part, out: &mut [f32]| out.fill(part as f32));
+        assert_eq!(out, [0.0, 0.0, 2.0]);
+        let (out, _) = by_parts(0, 0, |_, _: &mut [f32]| ());
+        assert!(out.is_empty());
+    }
+}
