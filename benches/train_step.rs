@@ -1,17 +1,18 @@
 //! Speed of one training step and of decoding at the shape of `configs/model/bench-24m.json`, in f32 on the CPU.
 //!
-//! `cargo bench --bench train_step`; threads by RAYON_NUM_THREADS. A step is forward, backward, clipping, AdamW and
-//! the bias update. Medians over the steps after warming up.
+//! `cargo bench --bench train_step [-- --help]`; threads by RAYON_NUM_THREADS. A step is forward, backward, clipping,
+//! AdamW and the bias update. Medians over the steps after warming up.
 
-use std::{path::Path, time::Instant};
+use std::time::Instant;
 
 use burn::{
     module::Module,
     optim::{GradientsParams, ModuleOptimizer},
     tensor::{Device, Int, Tensor, TensorData},
 };
+use clap::Parser;
 use deepburn_model::{
-    checkpoint::read_config, config::ModelConfig, loss::BalanceReading, parameters,
+    checkpoint::hf_config, config::ModelConfig, loss::BalanceReading, parameters,
     transformer::Transformer,
 };
 use deepburn_train::{
@@ -23,33 +24,71 @@ use deepburn_train::{
 #[path = "../src/allocator.rs"]
 mod allocator;
 
-const SEQUENCES: usize = 8;
-const LENGTH: usize = 256;
-const PROMPT: usize = 32;
 const NEW_TOKENS: usize = 128;
+
+/// What is measured, and at which sizes.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Sequences of a training step
+    #[arg(long, default_value_t = 8)]
+    sequences: usize,
+    /// Tokens of each
+    #[arg(long, default_value_t = 256)]
+    length: usize,
+    /// Measured training steps; 0 measures no training
+    #[arg(long, default_value_t = 7)]
+    steps: usize,
+    /// Tokens before those that are decoded
+    #[arg(long, default_value_t = 32)]
+    context: usize,
+    /// Batches to decode; 0 is none
+    #[arg(long, value_delimiter = ',', default_value = "1,8")]
+    batches: Vec<usize>,
+    /// Other values for keys of the model's configuration
+    #[arg(long = "set", value_name = "KEY=NUMBER")]
+    changes: Vec<String>,
+    /// As cargo passes it
+    #[arg(long, hide = true)]
+    bench: bool,
+}
 
 fn main() {
     allocator::keep_freed_memory();
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/bench-24m.json");
-    let config = read_config(&path).expect("shipped with the project");
+    let args = Args::parse();
+    let config = config(&args.changes);
     let device = Device::flex();
     let model = Transformer::new(&config, 1, &device);
     let count = parameters::ParameterCount::of(&parameters::list(&model), &config);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = rayon::current_num_threads();
     println!(
         "shape: {} parameters, {} active; {threads} threads",
         count.total(),
         count.active()
     );
-    rayon::scope(|_| training(&config, &device));
-    for batch in [1, 8] {
-        rayon::scope(|_| decoding(&config, &model, batch, &device));
-    }
+    // As the program runs its commands.
+    rayon::scope(|_| {
+        if args.steps > 0 {
+            training(&config, &args, &device);
+        }
+        for &batch in args.batches.iter().filter(|&&batch| batch > 0) {
+            decoding(&config, &model, batch, args.context, &device);
+        }
+    });
     let memory = memory_stats::memory_stats().map_or(0, |memory| memory.physical_mem);
     println!("memory of the process at the end: {} MiB", memory >> 20);
 }
 
-fn training(config: &ModelConfig, device: &Device) {
+fn config(changes: &[String]) -> ModelConfig {
+    let text = include_str!("../configs/model/bench-24m.json");
+    let mut shape: serde_json::Value = serde_json::from_str(text).expect("shipped");
+    for change in changes {
+        let (key, value) = change.split_once('=').expect("KEY=NUMBER");
+        shape[key] = value.parse::<u64>().expect("a number").into();
+    }
+    hf_config::parse(&shape.to_string()).expect("a shape that exists")
+}
+
+fn training(config: &ModelConfig, args: &Args, device: &Device) {
     let device = device.clone().autodiff();
     let mut model = Transformer::new(config, 1, &device).train();
     let mut optimizer: ModuleOptimizer = adamw(&OptimizerConfig::default());
@@ -63,8 +102,9 @@ fn training(config: &ModelConfig, device: &Device) {
         gamma: 1e-3,
     };
     let mut parts = [Vec::new(), Vec::new(), Vec::new()];
-    for step in 0..9u64 {
-        let windows = tokens(config, [SEQUENCES, LENGTH + 1], step, &device);
+    for step in 0..args.steps + 2 {
+        let shape = [args.sequences, args.length + 1];
+        let windows = tokens(config, shape, step as u64, &device);
         let started = Instant::now();
         let losses = losses(&model, windows, None, weights);
         let loads: Vec<Vec<u64>> = losses
@@ -93,17 +133,25 @@ fn training(config: &ModelConfig, device: &Device) {
         .collect();
     let [forward, backward, optimizer] = parts.map(|part| 1e3 * median(part));
     println!(
-        "training {SEQUENCES} x {LENGTH}: {:.0} tokens/s (forward {forward:.0} ms, backward {backward:.0} ms, \
-         optimizer {optimizer:.0} ms)",
-        (SEQUENCES * LENGTH) as f64 / median(whole)
+        "training {} x {}: {:.0} tokens/s (forward {forward:.0} ms, backward {backward:.0} ms, optimizer \
+         {optimizer:.0} ms)",
+        args.sequences,
+        args.length,
+        (args.sequences * args.length) as f64 / median(whole)
     );
 }
 
-fn decoding(config: &ModelConfig, model: &Transformer, batch: usize, device: &Device) {
+fn decoding(
+    config: &ModelConfig,
+    model: &Transformer,
+    batch: usize,
+    context: usize,
+    device: &Device,
+) {
     let mut rates = Vec::new();
     for run in 0..5 {
         let mut cache = model.new_cache();
-        let mut next = tokens(config, [batch, PROMPT], run, device);
+        let mut next = tokens(config, [batch, context], run, device);
         let mut started = Instant::now();
         for token in 0..=NEW_TOKENS {
             let hidden = model.forward_cached(next, &mut cache).hidden;
@@ -119,7 +167,7 @@ fn decoding(config: &ModelConfig, model: &Transformer, batch: usize, device: &De
         rates.push((batch * NEW_TOKENS) as f64 / started.elapsed().as_secs_f64());
     }
     println!(
-        "decoding after {PROMPT} tokens, batch {batch}: {:.0} tokens/s",
+        "decoding after {context} tokens, batch {batch}: {:.0} tokens/s",
         median(rates)
     );
 }

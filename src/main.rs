@@ -57,18 +57,28 @@ enum Command {
 fn main() -> ExitCode {
     allocator::keep_freed_memory();
     report_bugs();
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    let result = among_the_threads(|| match command {
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Pipeline(args) => pipeline::run(args),
-    };
+    });
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", with_causes(&error));
         ExitCode::FAILURE
     })
+}
+
+/// Runs the command as one of the threads that compute, of which it would otherwise be one more than there are
+/// processors, and wait for a wake-up at every operation. A single one stays free for others that wait for it.
+fn among_the_threads<R: Send>(command: impl FnOnce() -> R + Send) -> R {
+    if rayon::current_num_threads() == 1 {
+        return command();
+    }
+    rayon::scope(|_| command())
 }
 
 /// The message of an error and those of its causes that it does not already quote.
