@@ -69,7 +69,7 @@ fn portable_with_experts() {
 /// M, N, K and what every segment has of the inner size, padded to blocks of 128: empty ones everywhere, and blocks
 /// behind the last.
 const SEGMENTS: [&[usize]; 3] = [
-    &[7, 130, 1024, 0, 300, 128, 0, 5, 0],
+    &[7, 130, 1024, 0, 128, 300, 0, 5, 0],
     &[129, 72, 384, 384, 0],
     &[130, 66, 200, 0, 0, 130],
 ];
