@@ -18,7 +18,8 @@ use deepburn_model::{
 use deepburn_train::{
     config::OptimizerConfig,
     optimizer::adamw,
-    step::{LossWeights, UpdateRule, losses, update},
+    precision::Precision,
+    step::{LossWeights, UpdateRule, global_norm, losses, update},
 };
 
 #[path = "../src/allocator.rs"]
@@ -91,7 +92,7 @@ fn config(changes: &[String]) -> ModelConfig {
 fn training(config: &ModelConfig, args: &Args, device: &Device) {
     let device = device.clone().autodiff();
     let mut model = Transformer::new(config, 1, &device).train();
-    let mut optimizer: ModuleOptimizer = adamw(&OptimizerConfig::default());
+    let mut optimizer: ModuleOptimizer = adamw(&OptimizerConfig::default(), Precision::Fp32);
     let weights = LossWeights {
         mtp: 0.3,
         balance: 1e-4,
@@ -120,7 +121,16 @@ fn training(config: &ModelConfig, args: &Args, device: &Device) {
         let forward = started.elapsed().as_secs_f64();
         let gradients = GradientsParams::from_grads(losses.total.backward(), &model);
         let backward = started.elapsed().as_secs_f64();
-        (model, _) = update(model, &mut optimizer, 1e-4.into(), gradients, &loads, rule);
+        let norm = global_norm(&model, &gradients);
+        model = update(
+            model,
+            &mut optimizer,
+            1e-4.into(),
+            gradients,
+            norm,
+            &loads,
+            rule,
+        );
         let whole = started.elapsed().as_secs_f64();
         if step >= 2 {
             parts[0].push(forward);

@@ -234,12 +234,94 @@ fn runs_are_not_overwritten_and_not_resumed_differently() {
 #[test]
 fn a_loss_that_is_not_finite_stops_before_the_update() {
     let dir = tempfile::tempdir().unwrap();
-    let config = small_run(
-        dir.path(),
-        &["schedule.peak=1e30", "schedule.warmup_steps=0"],
-    );
+    let config = small_run(dir.path(), &["loss.sequence_balance_loss_weight=1e300"]);
     let error = start(&config, false, Interrupter::new()).unwrap_err();
     assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
+}
+
+#[test]
+fn gradients_that_are_not_finite_halt_or_are_skipped() {
+    let dir = tempfile::tempdir().unwrap();
+    // Weights so large after the first step that products overflow in the backward pass alone.
+    let steep = ["schedule.peak=1e30", "schedule.warmup_steps=0"];
+    let config = small_run(dir.path(), &steep);
+    let error = start(&config, false, Interrupter::new()).unwrap_err();
+    let named = "step 2: the gradients of embed_tokens.weight, ";
+    assert!(error.to_string().starts_with(named), "{error}");
+
+    let folder = format!("run.directory={}/skipping", dir.path().display());
+    let skipping = [&steep[..], &["optimizer.non_finite=skip", &folder]].concat();
+    let config = small_run(dir.path(), &skipping);
+    let summary = start(&config, false, Interrupter::new()).unwrap();
+    assert_eq!(summary.steps, 12);
+    let records = lasting(&config.run.directory).into_iter();
+    let steps: Vec<StepReport> = records
+        .filter_map(|record| match record {
+            Record::Train(report) => Some(report),
+            Record::Validation(_) => None,
+        })
+        .collect();
+    let skipped: Vec<_> = steps.iter().map(|step| step.skipped_steps).collect();
+    assert_eq!(skipped[0], None);
+    assert!(
+        skipped[1..]
+            .iter()
+            .eq((1..12).map(Some).collect::<Vec<_>>().iter()),
+        "{skipped:?}"
+    );
+    assert!(steps[2].gradient_norm.is_none());
+}
+
+/// In every precision a resumed run repeats the other; moments are kept in the type that the table says.
+#[test]
+fn lower_precisions_resume_bit_for_bit_with_smaller_moments() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sizes = Vec::new();
+    for precision in ["fp32", "bf16", "fp8"] {
+        let set = |name: &str| format!("run.directory={}/{precision}-{name}", dir.path().display());
+        let precision = format!("precision={precision}");
+        let (whole, parts) = (set("whole"), set("parts"));
+        let whole = small_run(dir.path(), &[&precision, &whole]);
+        start(&whole, false, Interrupter::new()).unwrap();
+        let killed = small_run(dir.path(), &[&precision, &parts]);
+        start(&killed, false, Interrupter::new()).unwrap();
+        let last = killed.run.directory.join("checkpoints/step-00000012");
+        std::fs::remove_dir_all(last).unwrap();
+        start(&killed, true, Interrupter::new()).unwrap();
+        assert_eq!(
+            lasting(&killed.run.directory),
+            lasting(&whole.run.directory)
+        );
+        let file = |name: &str| whole.run.directory.join("checkpoints/latest").join(name);
+        let weights = std::fs::metadata(file("model.safetensors")).unwrap().len() as f64;
+        let moments = std::fs::metadata(file("training/optimizer.bpk"))
+            .unwrap()
+            .len() as f64;
+        // Weights are in four bytes each; names and shapes take little.
+        sizes.push((4.0 * moments / weights, lasting(&whole.run.directory)));
+
+        let other = if precision == "precision=fp8" {
+            "bf16"
+        } else {
+            "fp8"
+        };
+        let other = format!("precision={other}");
+        let changed = small_run(dir.path(), &[&other, &parts, "run.steps=13"]);
+        let error = start(&changed, true, Interrupter::new())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("precision was"), "{error}");
+    }
+    for ((bytes, _), expected) in sizes.iter().zip([8.0, 4.0, 4.0]) {
+        assert!(
+            (bytes / expected - 1.0).abs() < 0.2,
+            "{bytes} bytes per parameter, expected {expected}"
+        );
+    }
+    assert!(
+        sizes[0].1 != sizes[1].1 && sizes[1].1 != sizes[2].1,
+        "all precisions do the same"
+    );
 }
 
 mod quiet {

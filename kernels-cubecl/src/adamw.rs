@@ -1,10 +1,11 @@
 //! The AdamW update (Loshchilov and Hutter, 2019).
 //!
-//! Native on Flex for f32: one pass that reads a gradient and updates a parameter and its moments where they are.
+//! Native on Flex for f32 with moments in f32 or BF16: one pass that reads a gradient and updates a parameter and its
+//! moments where they are.
 
 use burn::{
-    backend::{Dispatch, Flex, backend_extension, tensor::FloatTensor},
-    tensor::Tensor,
+    backend::{Dispatch, Flex, TensorMetadata, backend_extension, tensor::FloatTensor},
+    tensor::{DType, Element, Tensor, bf16},
 };
 use rayon::prelude::*;
 
@@ -35,8 +36,9 @@ impl AdamW {
     /// Updates a parameter by its gradient: `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
     /// `p = (1 - rate decay) p - rate m' / (sqrt(v') + epsilon)` with `m' = m / (1 - b1^t)`, `v' = v / (1 - b2^t)`.
     ///
-    /// `time` is t, counted from one; `moments` are m and v of the step before, zero before the first. Returns the
-    /// parameter and the moments. Not differentiable.
+    /// `time` is t, counted from one; `moments` are m and v of the step before, zero before the first, in any type: they
+    /// are rounded to it after the update, which is in the type of the parameter. Returns the parameter and the moments.
+    /// Not differentiable.
     pub fn update<const D: usize>(
         &self,
         parameter: Tensor<D>,
@@ -45,8 +47,12 @@ impl AdamW {
         time: usize,
     ) -> (Tensor<D>, [Tensor<D>; 2]) {
         let (device, dtype) = (parameter.device(), parameter.dtype());
-        let dtypes = [&gradient, &moments[0], &moments[1]].map(Tensor::dtype);
-        if device.is_autodiff() || !is_native_f32(&device, dtype) || dtypes != [dtype; 3] {
+        let [of_first, of_second] = moments.each_ref().map(Tensor::dtype);
+        let native = is_native_f32(&device, dtype)
+            && gradient.dtype() == dtype
+            && of_first == of_second
+            && matches!(of_first, DType::F32 | DType::BF16);
+        if device.is_autodiff() || !native {
             return self.reference(parameter, gradient, moments, time);
         }
         let [first, second] = moments;
@@ -69,13 +75,15 @@ impl AdamW {
         [first, second]: [Tensor<D>; 2],
         time: usize,
     ) -> (Tensor<D>, [Tensor<D>; 2]) {
+        let (dtype, kept) = (parameter.dtype(), first.dtype());
+        let (first, second) = (first.cast(dtype), second.cast(dtype));
         let first = first * self.beta_1 + gradient.clone() * (1.0 - self.beta_1);
         let second = second * self.beta_2 + gradient.square() * (1.0 - self.beta_2);
         let [first_bias, second_bias] = self.biases(time);
         let root = (second.clone() / second_bias).sqrt() + self.epsilon;
         let delta = first.clone() / first_bias / root;
         let parameter = parameter * self.kept() - delta * self.rate;
-        (parameter, [first, second])
+        (parameter, [first.cast(kept), second.cast(kept)])
     }
 
     /// What is left of a parameter.
@@ -123,34 +131,11 @@ impl AdamWOps for Flex {
         update: AdamW,
         time: usize,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let [mut parameter, mut first, mut second] = [parameter, first, second].map(contiguous);
-        let gradient = contiguous(gradient);
-        let (kept, rate) = (update.kept() as f32, update.rate as f32);
-        let [first_bias, second_bias] = update.biases(time);
-        let AdamW {
-            beta_1,
-            beta_2,
-            epsilon,
-            ..
-        } = update;
-        let written = elements_mut(&mut parameter)
-            .par_chunks_mut(CHUNK)
-            .zip(elements_mut(&mut first).par_chunks_mut(CHUNK))
-            .zip(elements_mut(&mut second).par_chunks_mut(CHUNK));
-        let tasks = written.zip(elements::<f32>(&gradient).par_chunks(CHUNK));
-        tasks.for_each(|(((parameter, first), second), gradient)| {
-            vectorized(|| {
-                for i in 0..gradient.len() {
-                    let g = gradient[i];
-                    first[i] = first[i] * beta_1 + g * (1.0 - beta_1);
-                    second[i] = second[i] * beta_2 + g * g * (1.0 - beta_2);
-                    let root = (second[i] / second_bias).sqrt() + epsilon;
-                    let delta = first[i] / first_bias / root;
-                    parameter[i] = parameter[i] * kept - delta * rate;
-                }
-            });
-        });
-        (parameter, first, second)
+        let tensors = [parameter, first, second].map(contiguous);
+        match TensorMetadata::dtype(&tensors[1]) {
+            DType::F32 => one_pass::<f32>(tensors, gradient, update, time),
+            _ => one_pass::<bf16>(tensors, gradient, update, time),
+        }
     }
 
     /// Sums of chunks in single precision, and of them in double and in order: the same on any number of threads.
@@ -161,6 +146,71 @@ impl AdamWOps for Flex {
         let total: f64 = sums.collect::<Vec<_>>().into_iter().sum();
         float_tensor(vec![total as f32], [1])
     }
+}
+
+/// A type that moments are kept in.
+trait Moment: Element + bytemuck::Pod + Send + Sync {
+    fn read(self) -> f32;
+    fn rounded(value: f32) -> Self;
+}
+
+impl Moment for f32 {
+    #[inline(always)]
+    fn read(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn rounded(value: f32) -> Self {
+        value
+    }
+}
+
+impl Moment for bf16 {
+    #[inline(always)]
+    fn read(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn rounded(value: f32) -> Self {
+        Self::from_bits((crate::bf16::round(value).to_bits() >> 16) as u16)
+    }
+}
+
+fn one_pass<M: Moment>(
+    [mut parameter, mut first, mut second]: [FlexFloat; 3],
+    gradient: FlexFloat,
+    update: AdamW,
+    time: usize,
+) -> (FlexFloat, FlexFloat, FlexFloat) {
+    let gradient = contiguous(gradient);
+    let (kept, rate) = (update.kept() as f32, update.rate as f32);
+    let [first_bias, second_bias] = update.biases(time);
+    let AdamW {
+        beta_1,
+        beta_2,
+        epsilon,
+        ..
+    } = update;
+    let written = elements_mut::<f32>(&mut parameter)
+        .par_chunks_mut(CHUNK)
+        .zip(elements_mut::<M>(&mut first).par_chunks_mut(CHUNK))
+        .zip(elements_mut::<M>(&mut second).par_chunks_mut(CHUNK));
+    let tasks = written.zip(elements::<f32>(&gradient).par_chunks(CHUNK));
+    tasks.for_each(|(((parameter, first), second), gradient)| {
+        vectorized(|| {
+            for i in 0..gradient.len() {
+                let g = gradient[i];
+                let m = first[i].read() * beta_1 + g * (1.0 - beta_1);
+                let v = second[i].read() * beta_2 + g * g * (1.0 - beta_2);
+                let delta = m / first_bias / ((v / second_bias).sqrt() + epsilon);
+                parameter[i] = parameter[i] * kept - delta * rate;
+                (first[i], second[i]) = (M::rounded(m), M::rounded(v));
+            }
+        });
+    });
+    (parameter, first, second)
 }
 
 #[cfg(test)]
@@ -185,7 +235,13 @@ mod tests {
 
     #[test]
     fn native_equals_reference_bit_for_bit() {
-        let (parameter, zero) = (random(1.0), random(1.0) * 0.0);
+        for dtype in [DType::F32, DType::BF16] {
+            native_equals_reference(dtype);
+        }
+    }
+
+    fn native_equals_reference(dtype: DType) {
+        let (parameter, zero) = (random(1.0), (random(1.0) * 0.0).cast(dtype));
         let mut native = (parameter.clone(), [zero.clone(), zero.clone()]);
         let mut expected = native.clone();
         for time in 1..5 {

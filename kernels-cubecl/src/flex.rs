@@ -89,10 +89,10 @@ pub(crate) fn elements<T: Scalar>(tensor: &FlexFloat) -> &[T] {
 }
 
 /// The elements of a contiguous float tensor, copied first if others hold it too.
-pub(crate) fn elements_mut(tensor: &mut FlexFloat) -> &mut [f32] {
+pub(crate) fn elements_mut<T: Element + bytemuck::Pod>(tensor: &mut FlexFloat) -> &mut [T] {
     let start = tensor.layout().start_offset();
     let length = tensor.layout().num_elements();
-    &mut tensor.storage_mut::<f32>()[start..start + length]
+    &mut tensor.storage_mut::<T>()[start..start + length]
 }
 
 /// A tensor of two dimensions as a matrix, with its strides.

@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod bf16;
 pub mod cross_entropy;
 mod cube;
 #[cfg(feature = "cuda")]

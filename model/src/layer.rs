@@ -24,6 +24,8 @@ pub struct DecoderLayer {
     pub post_attention_layernorm: RmsNorm,
     /// Feed-forward part.
     pub mlp: FeedForward,
+    #[module(skip)]
+    arithmetic: Arithmetic,
 }
 
 /// A layer's feed-forward part.
@@ -66,11 +68,13 @@ impl DecoderLayer {
             } else {
                 FeedForward::Moe(Moe::new(config, mlp))
             },
+            arithmetic: Arithmetic::FULL,
         }
     }
 
     /// Sets how products with weights are computed.
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        self.arithmetic = arithmetic;
         self.self_attn.set_arithmetic(arithmetic);
         match &mut self.mlp {
             FeedForward::Dense(mlp) => mlp.set_arithmetic(arithmetic),
@@ -106,7 +110,7 @@ impl DecoderLayer {
     }
 
     fn feed_forward(&self, x: Tensor<3>, attention: Tensor<3>) -> LayerOutput {
-        let x = x + attention.clone();
+        let x = self.arithmetic.activation(x + attention.clone());
         let normed = self.post_attention_layernorm.forward(x.clone());
         let (feed_forward, moe) = match &self.mlp {
             FeedForward::Dense(mlp) => (mlp.forward(normed), None),
@@ -116,7 +120,7 @@ impl DecoderLayer {
             }
         };
         LayerOutput {
-            hidden: x + feed_forward.clone(),
+            hidden: self.arithmetic.activation(x + feed_forward.clone()),
             attention,
             feed_forward,
             moe,

@@ -9,7 +9,7 @@ use crate::{
     init::Initializer,
     layer::{DecoderLayer, LayerOutput},
     norm::RmsNorm,
-    projection::Projection,
+    projection::{Arithmetic, Projection},
 };
 
 /// The module of one prediction depth. Embedding and output head are the main model's.
@@ -61,6 +61,12 @@ impl MtpModule {
                 norm: norm(init.child("shared_head.norm")),
             },
         }
+    }
+
+    /// Sets how products with weights are computed.
+    pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        self.eh_proj.arithmetic = arithmetic.unquantised();
+        self.block.set_arithmetic(arithmetic);
     }
 
     /// Combines the representation of each position with the embedding of a later token (equations 21 and 22).

@@ -5,22 +5,73 @@ use burn::{
     tensor::Tensor,
 };
 use deepburn_kernels::{
+    bf16::{rounded, rounded_weight},
     fp8::{self, ScaleFormat},
     linear::linear,
 };
 
 use crate::init::Initializer;
 
-/// How the layers' products of activations and weights are computed.
+/// How the layers compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Arithmetic {
-    /// In the type of the weights.
-    #[default]
-    Full,
-    /// In FP8, with activations quantised in tiles of 1 x 128, whose scales have this format, and weights in blocks of
-    /// 128 x 128 (report section 3.3).
+pub struct Arithmetic {
+    /// Products of activations and weights in FP8, with activations quantised in tiles of 1 x 128, whose scales have this
+    /// format, and weights in blocks of 128 x 128 (report section 3.3). Otherwise in the type of the weights.
     /// Embedding, output head, router, norms, the attention core and the projection of MTP stay as they are.
-    Fp8(ScaleFormat),
+    pub fp8: Option<ScaleFormat>,
+    /// Activations between the layers' parts and their gradients are rounded to BF16, and so are weights that are not
+    /// quantised; sums, norms, softmax, router and loss are in single precision. Tensors keep their type.
+    pub bf16: bool,
+}
+
+impl Arithmetic {
+    /// All in the type of the weights.
+    pub const FULL: Self = Self {
+        fp8: None,
+        bf16: false,
+    };
+
+    /// Products in FP8 and nothing else: what a checkpoint in FP8 means.
+    pub fn fp8(format: ScaleFormat) -> Self {
+        Self {
+            fp8: Some(format),
+            bf16: false,
+        }
+    }
+
+    /// An activation as the next part sees it.
+    pub fn activation<const N: usize>(self, x: Tensor<N>) -> Tensor<N> {
+        if self.bf16 { rounded(x) } else { x }
+    }
+
+    /// A weight as a product sees it that is not in FP8.
+    pub fn weight<const N: usize>(self, weight: Tensor<N>) -> Tensor<N> {
+        if self.bf16 {
+            rounded_weight(weight)
+        } else {
+            weight
+        }
+    }
+
+    /// For inputs that training keeps or sends in FP8: those of `o_proj` and of the routed experts have scales that are
+    /// powers of two (section 3.3.3).
+    pub(crate) fn of_kept_inputs(self) -> Self {
+        match self {
+            Self {
+                fp8: Some(_),
+                bf16: true,
+            } => Self {
+                fp8: Some(ScaleFormat::PowerOfTwo),
+                bf16: true,
+            },
+            other => other,
+        }
+    }
+
+    /// Without FP8.
+    pub(crate) fn unquantised(self) -> Self {
+        Self { fp8: None, ..self }
+    }
 }
 
 /// A matrix without bias.
@@ -37,7 +88,7 @@ impl Projection {
     pub fn new(inputs: usize, outputs: usize, init: Initializer) -> Self {
         Self {
             weight: init.normal("weight", [inputs, outputs]),
-            arithmetic: Arithmetic::Full,
+            arithmetic: Arithmetic::FULL,
         }
     }
 
@@ -50,12 +101,13 @@ impl Projection {
         let weight = self.weight.val();
         let [inputs, outputs] = weight.dims();
         let mut shape = x.dims();
-        let rows = x.reshape([-1, inputs as i32]);
-        let rows = match self.arithmetic {
-            Arithmetic::Full => linear(rows, weight),
-            Arithmetic::Fp8(format) => fp8::linear(rows, weight, format),
+        let arithmetic = self.arithmetic;
+        let rows = arithmetic.activation(x.reshape([-1, inputs as i32]));
+        let rows = match arithmetic.fp8 {
+            None => linear(rows, arithmetic.weight(weight)),
+            Some(format) => fp8::linear(rows, weight, format),
         };
         shape[N - 1] = outputs;
-        rows.reshape(shape)
+        arithmetic.activation(rows).reshape(shape)
     }
 }

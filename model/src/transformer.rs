@@ -40,6 +40,8 @@ pub struct Transformer {
     pub mtp: Vec<MtpModule>,
     #[module(skip)]
     rope: Rope,
+    #[module(skip)]
+    arithmetic: Arithmetic,
 }
 
 /// What the main model returns.
@@ -74,15 +76,19 @@ impl Transformer {
                 .map(|depth| MtpModule::new(config, mtp.child(depth)))
                 .collect(),
             rope: Rope::new(config),
+            arithmetic: Arithmetic::FULL,
         }
     }
 
     /// The same model with the products of its layers computed in another way.
     #[must_use]
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
-        let further = self.mtp.iter_mut().map(|module| &mut module.block);
-        for layer in self.layers.iter_mut().chain(further) {
+        self.arithmetic = arithmetic;
+        for layer in &mut self.layers {
             layer.set_arithmetic(arithmetic);
+        }
+        for module in &mut self.mtp {
+            module.set_arithmetic(arithmetic);
         }
         self
     }
@@ -114,7 +120,7 @@ impl Transformer {
         tokens: Tensor<2, Int>,
         mut apply: impl FnMut(usize, &DecoderLayer, Tensor<3>) -> LayerOutput,
     ) -> Output {
-        let mut x = self.embed_tokens.forward(tokens);
+        let mut x = self.embed(tokens);
         let mut moe = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             let output = apply(index, layer, x);
@@ -141,7 +147,12 @@ impl Transformer {
     ) -> MtpOutput {
         let [_, length] = tokens.dims();
         let rope = self.rope.rotation(0, length, &tokens.device());
-        self.mtp[depth].forward(previous, self.embed_tokens.forward(tokens), &rope, mask)
+        self.mtp[depth].forward(previous, self.embed(tokens), &rope, mask)
+    }
+
+    fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        self.arithmetic
+            .activation(self.embed_tokens.forward(tokens))
     }
 
     /// The output head, shared by the main model and all prediction depths.
@@ -170,8 +181,8 @@ impl Transformer {
         let [batch, length, width] = hidden.dims();
         let rows = batch * length;
         linear_cross_entropy(
-            hidden.reshape([rows, width]),
-            weight,
+            self.arithmetic.activation(hidden.reshape([rows, width])),
+            self.arithmetic.weight(weight),
             targets.reshape([rows]),
         )
     }

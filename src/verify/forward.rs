@@ -66,7 +66,7 @@ fn quantized(
     for (format, suffix) in fp8::FORMATS {
         let name = format!("logits_w8a8{suffix}");
         if comparison.file.has(&name) {
-            let model = model.clone().with_arithmetic(Arithmetic::Fp8(format));
+            let model = model.clone().with_arithmetic(Arithmetic::fp8(format));
             let hidden = model.forward(tokens.clone(), &mask).hidden;
             comparison.tensor(&name, model.logits(hidden), tolerance::RESULTS_W8A8)?;
         }

@@ -12,9 +12,10 @@ use deepburn_model::{
     transformer::Transformer,
 };
 use deepburn_train::{
-    config::OptimizerConfig,
+    config::{NonFinite, OptimizerConfig},
     optimizer::adamw,
-    step::{UpdateRule, update},
+    precision::Precision,
+    step::{UpdateRule, global_norm, update},
 };
 
 use super::{
@@ -43,6 +44,7 @@ const OPTIMIZER: OptimizerConfig = OptimizerConfig {
     epsilon: 1e-8,
     weight_decay: 0.1,
     clip_norm: 1.0,
+    non_finite: NonFinite::Halt,
 };
 /// Factor on the balance loss, alpha.
 const ALPHA: f64 = 1e-4;
@@ -115,7 +117,7 @@ pub(super) fn verify(
 }
 
 fn train(mut model: Transformer, batches: &[Tensor<2, Int>]) -> (Transformer, Steps) {
-    let mut optimizer = adamw(&OPTIMIZER);
+    let mut optimizer = adamw(&OPTIMIZER, Precision::Fp32);
     let mut steps = Steps::default();
     for tokens in batches {
         let [_, length] = tokens.dims();
@@ -141,8 +143,8 @@ fn train(mut model: Transformer, batches: &[Tensor<2, Int>]) -> (Transformer, St
 
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
         let rate = LEARNING_RATE.into();
-        let norm;
-        (model, norm) = update(model, &mut optimizer, rate, gradients, &loads, RULE);
+        let norm = global_norm(&model, &gradients);
+        model = update(model, &mut optimizer, rate, gradients, norm, &loads, RULE);
         steps.norms.push(norm as f32);
         steps
             .biases

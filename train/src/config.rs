@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     data::{DataConfig, DataError},
+    precision::Precision,
     schedule::{LearningRate, Switch},
 };
 
@@ -56,6 +57,9 @@ pub enum ConfigError {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
+    /// What is computed and kept in which type.
+    #[serde(default)]
+    pub precision: Precision,
     /// Where results go, and how long training takes.
     pub run: RunConfig,
     /// What is trained.
@@ -129,6 +133,19 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest global norm of the gradients.
     pub clip_norm: f64,
+    /// What happens at gradients that are not finite.
+    pub non_finite: NonFinite,
+}
+
+/// What happens to a step whose gradients are not finite. A loss that is not ends the run.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NonFinite {
+    /// The run ends before the optimizer step and names the tensors.
+    #[default]
+    Halt,
+    /// The optimizer step is left out, and counted in the metrics.
+    Skip,
 }
 
 impl Default for OptimizerConfig {
@@ -139,6 +156,7 @@ impl Default for OptimizerConfig {
             epsilon: 1e-8,
             weight_decay: 0.1,
             clip_norm: 1.0,
+            non_finite: NonFinite::Halt,
         }
     }
 }

@@ -97,6 +97,7 @@ struct State {
     loads: Vec<Vec<u64>>,
     gradient_norm: f64,
     snapshot: Option<OptimizerRecord>,
+    not_finite: Vec<String>,
 }
 
 /// What holds for one step.
@@ -120,6 +121,7 @@ impl Exchange {
             loads: Vec::new(),
             gradient_norm: 0.0,
             snapshot: None,
+            not_finite: Vec::new(),
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -129,6 +131,7 @@ impl Exchange {
         let mut state = self.lock();
         state.settings = settings;
         state.loads.clear();
+        state.not_finite.clear();
     }
 
     /// Asks for the optimizer's state after the step under way.
@@ -144,6 +147,11 @@ impl Exchange {
     /// Norm of the gradients before clipping.
     pub fn gradient_norm(&self) -> f64 {
         self.lock().gradient_norm
+    }
+
+    /// Parameters whose gradients were not finite, so that the optimizer step was left out.
+    pub fn not_finite(&self) -> Vec<String> {
+        self.lock().not_finite.clone()
     }
 
     /// The optimizer's state, if it was asked for.
@@ -235,10 +243,16 @@ impl TrainStep for Trainee {
             let state = self.exchange.lock();
             (state.settings.rule, state.loads.clone())
         };
-        let (model, norm) = step::update(self.model, optimizer, rate, gradients, &loads, rule);
-        self.model = model;
+        let norm = step::global_norm(&self.model, &gradients);
+        let mut not_finite = Vec::new();
+        if norm.is_finite() {
+            self.model = step::update(self.model, optimizer, rate, gradients, norm, &loads, rule);
+        } else {
+            not_finite = step::not_finite(&self.model, &gradients);
+        }
         let mut state = self.exchange.lock();
         state.gradient_norm = norm;
+        state.not_finite = not_finite;
         if state.settings.snapshot {
             state.snapshot = Some(optimizer.to_record());
         }

@@ -5,29 +5,32 @@ use burn::{
         AdamWState, AdaptiveMomentumState, LearningRate as Rate, ModuleOptimizer, Optimizer,
         lr_scheduler::{LrScheduler, LrSchedulerRecord},
     },
-    tensor::{Device, Tensor},
+    tensor::{DType, Device, Tensor},
 };
 use deepburn_kernels::adamw;
 
-use crate::{config::OptimizerConfig, schedule::LearningRate};
+use crate::{config::OptimizerConfig, precision::Precision, schedule::LearningRate};
 
 /// AdamW on every parameter. Gradients are clipped before, by their global norm (see [`crate::step::update`]).
-pub fn adamw(config: &OptimizerConfig) -> ModuleOptimizer {
+pub fn adamw(config: &OptimizerConfig, precision: Precision) -> ModuleOptimizer {
     ModuleOptimizer::from(AdamW {
         beta_1: config.beta1 as f32,
         beta_2: config.beta2 as f32,
         epsilon: config.epsilon as f32,
         weight_decay: config.weight_decay as f32,
+        moments: precision.moments(),
     })
 }
 
-/// Burn's AdamW with its state and arithmetic, in one pass over each parameter where the device has a kernel.
+/// Burn's AdamW with its state, in one pass over each parameter where the device has a kernel, and with moments of any
+/// type.
 #[derive(Clone)]
 struct AdamW {
     beta_1: f32,
     beta_2: f32,
     epsilon: f32,
     weight_decay: f32,
+    moments: DType,
 }
 
 impl Optimizer for AdamW {
@@ -49,9 +52,14 @@ impl Optimizer for AdamW {
         };
         let (moments, time) = match state {
             Some(AdamWState { momentum }) => {
-                ([momentum.moment_1, momentum.moment_2], momentum.time + 1)
+                // A record is read in the type of the device's numbers.
+                let moments = [momentum.moment_1, momentum.moment_2];
+                (moments.map(|m| m.cast(self.moments)), momentum.time + 1)
             }
-            None => ([gradient.zeros_like(), gradient.zeros_like()], 1),
+            None => {
+                let zeros = gradient.zeros_like().cast(self.moments);
+                ([zeros.clone(), zeros], 1)
+            }
         };
         let (parameter, [first, second]) = update.update(parameter, gradient, moments, time);
         let momentum = AdaptiveMomentumState::new(time, first, second);

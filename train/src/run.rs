@@ -88,6 +88,17 @@ pub enum TrainError {
         /// Its loss.
         loss: f64,
     },
+    /// Gradients are NaN or infinite: the step is not taken.
+    #[error(
+        "step {step}: the gradients of {} are not finite; training stopped before the optimizer step (optimizer.non_finite = \
+         \"skip\" leaves such steps out)", tensors.join(", ")
+    )]
+    NonFiniteGradients {
+        /// The step.
+        step: u64,
+        /// The parameters, by their names in the model.
+        tensors: Vec<String>,
+    },
     /// Batches ended before the steps.
     #[error("step {step}: the data ended")]
     DataEnded {
@@ -172,9 +183,10 @@ pub fn run(
         source,
     })?;
     let exchange = Exchange::new(settings(config, done));
+    let model = model.with_arithmetic(config.precision.arithmetic());
     let trainee = Trainee::new(model, exchange.clone()).train();
     let rate = ReportSchedule::new(config.schedule.clone(), config.run.steps, done);
-    let mut learner = Learner::new(trainee, adamw(&config.optimizer), rate);
+    let mut learner = Learner::new(trainee, adamw(&config.optimizer, config.precision), rate);
     if let Some(record) = record {
         learner.load_optim(record);
     }

@@ -23,6 +23,7 @@ use serde_json::json;
 use crate::{
     config::{BatchConfig, TrainConfig},
     data::Cursor,
+    precision::Precision,
 };
 
 /// Changes whenever `training/` is read differently.
@@ -98,6 +99,9 @@ pub struct RunState {
     pub train_tokens: u64,
     /// Windows per step.
     pub batch: BatchConfig,
+    /// What was computed and kept in which type.
+    #[serde(default)]
+    pub precision: Precision,
 }
 
 impl RunState {
@@ -115,6 +119,7 @@ impl RunState {
             tokenizer_sha256: data.report.tokenizer_sha256.clone(),
             train_tokens: data.report.train.tokens,
             batch: config.batch,
+            precision: config.precision,
         }
     }
 }
@@ -316,6 +321,11 @@ pub fn check_unchanged(
         "batch",
         format!("{:?}", found.batch),
         format!("{:?}", expected.batch),
+    )?;
+    differ(
+        "precision",
+        format!("{:?}", found.precision).to_lowercase(),
+        format!("{:?}", expected.precision).to_lowercase(),
     )?;
     differ(
         "the tokenizer",

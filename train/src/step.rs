@@ -13,6 +13,7 @@ use deepburn_model::{
     layer::FeedForward,
     loss::{BalanceReading, sequence_balance},
     moe::MoeOutput,
+    parameters::ModulePath,
     transformer::Transformer,
 };
 
@@ -110,16 +111,16 @@ pub struct UpdateRule {
 }
 
 /// Updates the model: clips the gradients by their global norm, lets the optimizer step, then moves the selection
-/// biases by the load of the whole batch. Returns the norm before clipping.
+/// biases by the load of the whole batch.
 pub fn update(
     model: Transformer,
     optimizer: &mut ModuleOptimizer,
     rate: ModuleLearningRate,
     gradients: GradientsParams,
+    norm: f64,
     loads: &[Vec<u64>],
     rule: UpdateRule,
-) -> (Transformer, f64) {
-    let norm = global_norm(&model, &gradients);
+) -> Transformer {
     // As torch.nn.utils.clip_grad_norm_.
     let scale = (rule.clip_norm / (norm + 1e-6)).min(1.0);
     let gradients = if scale < 1.0 {
@@ -128,7 +129,7 @@ pub fn update(
         gradients
     };
     let model = optimizer.step(rate, model, gradients);
-    (move_biases(model, loads, rule.gamma), norm)
+    move_biases(model, loads, rule.gamma)
 }
 
 /// Euclidean norm of all gradients together.
@@ -154,6 +155,41 @@ pub fn global_norm(model: &impl Module, gradients: &GradientsParams) -> f64 {
         .iter::<f64>()
         .collect();
     squares.iter().sum::<f64>().sqrt()
+}
+
+/// The parameters whose gradients have an element that is NaN or infinite, by name; all that have one if the norm alone
+/// is beyond the numbers.
+pub fn not_finite(model: &impl Module, gradients: &GradientsParams) -> Vec<String> {
+    struct Search<'a> {
+        gradients: &'a GradientsParams,
+        path: ModulePath,
+        found: Vec<String>,
+    }
+    impl ModuleVisitor for Search<'_> {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.path.enter(name, container);
+        }
+
+        fn exit_module(&mut self, _: &str, container: &str) {
+            self.path.exit(container);
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let Some(gradient) = self.gradients.get::<D>(param.id) else {
+                return;
+            };
+            if !sum_of_squares(gradient).into_scalar::<f64>().is_finite() {
+                self.found.push(self.path.join());
+            }
+        }
+    }
+    let mut search = Search {
+        gradients,
+        path: ModulePath::default(),
+        found: Vec::new(),
+    };
+    model.visit(&mut search);
+    search.found
 }
 
 fn scaled(model: &impl Module, gradients: GradientsParams, scale: f64) -> GradientsParams {

@@ -21,7 +21,7 @@ use burn::{
 };
 
 use crate::{
-    config::TrainConfig,
+    config::{NonFinite, TrainConfig},
     learner::{Batch, Exchange, Trainee},
     metrics::{MetricsLog, Record},
     report::StepReport,
@@ -68,6 +68,7 @@ impl SupervisedLearningStrategy<Trainee> for SingleDevice {
             processor: components.event_processor,
             learner,
             valid,
+            skipped: 0,
         };
         if let Err(error) = run.steps(train.iter()) {
             self.outcome().error = Some(error);
@@ -88,6 +89,8 @@ struct Run<'a> {
     processor: Processor,
     learner: Learner<Trainee>,
     valid: ValidLoader<Trainee>,
+    /// Optimizer steps left out since the start or the resumption.
+    skipped: u64,
 }
 
 impl Run<'_> {
@@ -177,6 +180,16 @@ impl Run<'_> {
         }
         self.learner.lr_step();
         self.learner.optimizer_step(gradients.grads());
+        let not_finite = exchange.not_finite();
+        if !not_finite.is_empty() {
+            if config.optimizer.non_finite == NonFinite::Halt {
+                return Err(TrainError::NonFiniteGradients {
+                    step: step + 1,
+                    tensors: not_finite,
+                });
+            }
+            self.skipped += 1;
+        }
         let seconds = started.elapsed().as_secs_f64();
 
         let report = self
@@ -184,7 +197,8 @@ impl Run<'_> {
             .with_loads(&exchange.loads());
         let report = StepReport {
             step: step + 1,
-            gradient_norm: Some(exchange.gradient_norm()),
+            gradient_norm: Some(exchange.gradient_norm()).filter(|norm| norm.is_finite()),
+            skipped_steps: (self.skipped > 0).then_some(self.skipped),
             learning_rate: Some(self.learner.lr_current().base()),
             bias_speed: Some(f64::from(settings.rule.gamma)),
             tokens_per_second: Some(report.predicted_tokens as f64 / seconds),

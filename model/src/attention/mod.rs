@@ -131,14 +131,11 @@ impl Attention {
             QueryProjection::Direct(query) => vec![&mut query.q_proj],
             QueryProjection::LowRank(query) => vec![&mut query.q_a_proj, &mut query.q_b_proj],
         };
-        let others = [
-            &mut self.kv_a_proj_with_mqa,
-            &mut self.kv_b_proj,
-            &mut self.o_proj,
-        ];
+        let others = [&mut self.kv_a_proj_with_mqa, &mut self.kv_b_proj];
         for projection in queries.into_iter().chain(others) {
             projection.arithmetic = arithmetic;
         }
+        self.o_proj.arithmetic = arithmetic.of_kept_inputs();
     }
 
     /// Queries, scaled for the softmax: without position `[B, T, H, N]` and rotated `[B, T, H, R]`.

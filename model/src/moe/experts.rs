@@ -30,7 +30,7 @@ impl Experts {
             gate_proj: init.normal("gate_proj", [experts, hidden, width]),
             up_proj: init.normal("up_proj", [experts, hidden, width]),
             down_proj: init.normal("down_proj", [experts, width, hidden]),
-            arithmetic: Arithmetic::Full,
+            arithmetic: Arithmetic::FULL,
         }
     }
 
@@ -49,9 +49,9 @@ impl Experts {
     /// # Shapes
     /// - `chosen`: `[T, K]`
     pub fn order(&self, chosen: Tensor<2, Int>) -> Permutation {
-        let tile = match self.arithmetic {
-            Arithmetic::Full => 1,
-            Arithmetic::Fp8(_) => fp8::segment_tile(&chosen.device()),
+        let tile = match self.arithmetic.fp8 {
+            None => 1,
+            Some(_) => fp8::segment_tile(&chosen.device()),
         };
         Permutation::by_expert_padded(chosen, self.len(), tile)
     }
@@ -61,12 +61,17 @@ impl Experts {
     /// # Shapes
     /// - `x`: `[R, D]` in the given order, as the result
     pub fn forward(&self, x: Tensor<2>, order: &Permutation) -> Tensor<2> {
-        let multiply = |x, weights: &Param<Tensor<3>>| match self.arithmetic {
-            Arithmetic::Full => grouped_matmul(x, weights.val(), order.rows.clone()),
-            Arithmetic::Fp8(format) => fp8::grouped_linear(x, weights.val(), order, format),
+        let inputs = self.arithmetic.of_kept_inputs();
+        let multiply = |arithmetic: Arithmetic, x, weights: &Param<Tensor<3>>| {
+            let (x, weights) = (arithmetic.activation(x), weights.val());
+            let y = match arithmetic.fp8 {
+                None => grouped_matmul(x, arithmetic.weight(weights), order.rows.clone()),
+                Some(format) => fp8::grouped_linear(x, weights, order, format),
+            };
+            arithmetic.activation(y)
         };
-        let gate = multiply(x.clone(), &self.gate_proj);
-        let up = multiply(x, &self.up_proj);
-        multiply(swiglu(gate, up), &self.down_proj)
+        let gate = multiply(inputs, x.clone(), &self.gate_proj);
+        let up = multiply(inputs, x, &self.up_proj);
+        multiply(self.arithmetic, swiglu(gate, up), &self.down_proj)
     }
 }

@@ -1,0 +1,60 @@
+//! What is computed and kept in which type (report section 3.3, figures 6 and 7).
+
+use burn::tensor::DType;
+use deepburn_kernels::fp8::ScaleFormat;
+use deepburn_model::projection::Arithmetic;
+use serde::{Deserialize, Serialize};
+
+/// The precision of a training run.
+///
+/// | | `fp32` | `bf16` | `fp8` |
+/// |---|---|---|---|
+/// | products of attention's and experts' linear layers: forward, input gradient, weight gradient | FP32 | BF16 | FP8 (E4M3) |
+/// | scales of their activations and gradients, one per 1 x 128 | | | any; powers of two into `o_proj` and the routed experts |
+/// | scales of their weights, one per 128 x 128 | | | any |
+/// | sums of products | FP32 | FP32 | FP32, promoted every 128 |
+/// | activations between layers' parts, and their gradients | FP32 | BF16 | BF16 |
+/// | embedding, output head, projection of MTP | FP32 | BF16 | BF16 |
+/// | router, norms, softmax, attention's sums, loss | FP32 | FP32 | FP32 |
+/// | weights that are updated and saved | FP32 | FP32 | FP32 |
+/// | weights' gradients | FP32 | FP32 | FP32 |
+/// | AdamW's moments | FP32 | BF16 | BF16 |
+///
+/// BF16 and FP8 are numbers of these types on every device; where a kernel needs them in single precision, as on the
+/// CPU, they are stored so. AdamW's moments are stored in the type that the table says.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Single precision throughout.
+    #[default]
+    Fp32,
+    /// BF16 with FP32 where the table says so.
+    Bf16,
+    /// The report's recipe.
+    Fp8,
+}
+
+impl Precision {
+    /// How the model computes.
+    pub fn arithmetic(self) -> Arithmetic {
+        match self {
+            Self::Fp32 => Arithmetic::FULL,
+            Self::Bf16 => Arithmetic {
+                fp8: None,
+                bf16: true,
+            },
+            Self::Fp8 => Arithmetic {
+                fp8: Some(ScaleFormat::Float32),
+                bf16: true,
+            },
+        }
+    }
+
+    /// The type of AdamW's moments.
+    pub fn moments(self) -> DType {
+        match self {
+            Self::Fp32 => DType::F32,
+            Self::Bf16 | Self::Fp8 => DType::BF16,
+        }
+    }
+}
