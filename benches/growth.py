@@ -64,12 +64,17 @@ def main():
         found.append((kind, name, points))
 
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+    write({"commit": commit, "processor": processor(), "threads": args.threads, "series": found}, args.out)
+
+
+def write(record, out):
+    found = record["series"]
     text = [
         "# How speed and memory grow",
         "",
-        f"[growth.py](../../growth.py) at commit {commit}, {args.threads} threads of {processor()} unless varied. Shape: "
-        "configs/model/bench-24m.json (4 of 16 experts for each token, 8 layers); training 8 x 256 tokens a step, or one "
-        "sequence where its length is varied; decoding at batch 1 after 32 tokens.",
+        f"[growth.py](../../growth.py) at commit {record['commit']}, {record['threads']} threads of {record['processor']} "
+        "unless varied. Shape: configs/model/bench-24m.json (4 of 16 experts for each token, 8 layers); training 8 x 256 "
+        "tokens a step, or one sequence where its length is varied; decoding at batch 1 after 32 tokens.",
         "",
         "![tokens per second](growth.svg)",
     ]
@@ -81,11 +86,10 @@ def main():
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{rows * height}" font-family="sans-serif" font-size="11">']
     for at, series in enumerate(found):
         svg += chart(series, at % 2 * width, at // 2 * height, width, height)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "growth.md").write_text("\n".join(text) + "\n")
-    (args.out / "growth.svg").write_text("\n".join([*svg, "</svg>"]) + "\n")
-    record = {"commit": commit, "processor": processor(), "series": found}
-    (args.out / "growth.json").write_text(json.dumps(record, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "growth.md").write_text("\n".join(text) + "\n")
+    (out / "growth.svg").write_text("\n".join([*svg, "</svg>"]) + "\n")
+    (out / "growth.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
