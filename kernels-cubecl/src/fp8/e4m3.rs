@@ -26,16 +26,25 @@ pub fn decoded() -> [f32; 256] {
 
 /// The code nearest to a number, the even one of two that are equally near. Beyond ±448 it is that of ±448, as
 /// GPUs convert; NaN is 0x7f.
+#[inline(always)]
 pub fn encode(value: f32) -> u8 {
-    if value.is_nan() {
-        return 0x7f;
-    }
-    let sign = if value.is_sign_negative() { 0x80 } else { 0 };
+    /// Least normal number, 2^-6.
+    const NORMAL: f32 = 0.015_625;
+    /// Where neighbours are as far apart as the subnormal numbers are, 2^-9.
+    const SUBNORMAL_STEPS: f32 = 16_384.0;
+
+    // Without branches, so that loops become vector code. NaN becomes the largest magnitude, for now.
     let magnitude = value.abs().min(MAX);
-    // From one power of two to the next there are eight codes; those below 2^-6, the subnormal ones, are spaced as
-    // those of the next power of two.
-    let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
-    let steps = (magnitude * 2f32.powi(3 - exponent)).round_ties_even();
-    // A magnitude that rounds up to the next power of two carries into the exponent by itself.
-    sign | (((exponent + 6) * 8) as u8 + steps as u8)
+    let bits = magnitude.to_bits();
+    // Seven bits are cut from the exponent's start and the mantissa's end, after half of the last place was added, or
+    // just less before an even number; what carries into the exponent is right there.
+    let normal = ((bits + 0x7_ffff + (bits >> 20 & 1)) >> 20).wrapping_sub((127 - 7) << 3);
+    let subnormal = (magnitude + SUBNORMAL_STEPS).to_bits() - SUBNORMAL_STEPS.to_bits();
+    let code = if magnitude < NORMAL {
+        subnormal
+    } else {
+        normal
+    };
+    let sign = value.to_bits() >> 24 & 0x80;
+    (if value.is_nan() { 0x7f } else { sign | code }) as u8
 }

@@ -3,6 +3,7 @@
 //! Sizes need not be multiples of a tile's: the tiles at the edges are smaller and have scales of their own.
 
 use super::e4m3::{MAX, decoded, encode};
+use crate::vector::vectorized;
 
 /// Rows and columns of a block, columns of a row's tile.
 pub const TILE: usize = 128;
@@ -73,10 +74,12 @@ fn next_power_of_two(value: f32) -> f32 {
     f32::from_bits((value.to_bits() + MANTISSA) & !MANTISSA)
 }
 
-/// The larger magnitude, or what is no number.
-fn larger(a: f32, b: f32) -> f32 {
-    let b = b.abs();
-    if b > a || b.is_nan() { b } else { a }
+/// The largest magnitude, NaN if there is one: bits without the sign are in the order of the magnitudes, and those of NaN
+/// above all.
+#[inline(always)]
+fn largest(values: &[f32]) -> f32 {
+    let bits = values.iter().map(|value| value.to_bits() & 0x7fff_ffff);
+    f32::from_bits(bits.fold(0, u32::max))
 }
 
 /// The scales of a matrix, row-major.
@@ -91,8 +94,8 @@ pub fn scales(values: &[f32], columns: usize, tile: Tile, format: ScaleFormat) -
         let start = scales.len();
         scales.resize(start + across, 0f32);
         for row in rows.chunks(columns) {
-            for (largest, tile) in scales[start..].iter_mut().zip(row.chunks(TILE)) {
-                *largest = tile.iter().copied().fold(*largest, larger);
+            for (magnitude, tile) in scales[start..].iter_mut().zip(row.chunks(TILE)) {
+                *magnitude = largest(&[*magnitude, vectorized(|| largest(tile))]);
             }
         }
         for scale in &mut scales[start..] {
@@ -138,7 +141,7 @@ fn by_tile<A, B>(
     for (row, elements) in elements.chunks(columns).enumerate() {
         let scales = &scales[row / down * across..][..across];
         for (tile, &scale) in elements.chunks(TILE).zip(scales) {
-            converted.extend(tile.iter().map(|element| convert(element, scale)));
+            vectorized(|| converted.extend(tile.iter().map(|element| convert(element, scale))));
         }
     }
     converted
