@@ -16,6 +16,7 @@ use deepburn_model::{
     parameters::{self, ParameterCount},
     transformer::Transformer,
 };
+use deepburn_train::precision::Precision;
 use indicatif::{HumanBytes, HumanCount};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -40,19 +41,34 @@ pub(crate) struct Args {
     #[arg(long)]
     tensors: bool,
 
+    /// Say what training it in this precision keeps in memory: fp32, bf16 or fp8
+    #[arg(long, value_name = "PRECISION", value_parser = precision)]
+    training: Option<Precision>,
+
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+fn precision(name: &str) -> Result<Precision, String> {
+    serde_json::from_value(json!(name)).map_err(|error| error.to_string())
 }
 
 /// Runs the subcommand.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let report = Report::read(&args.path)?;
     let text = if args.json {
-        let value = report.json(args.tensors);
+        let mut value = report.json(args.tensors);
+        if let Some(precision) = args.training {
+            value["training_bytes"] = report.training(precision).into_iter().collect();
+        }
         serde_json::to_string_pretty(&value).context("cannot write JSON")? + "\n"
     } else {
-        report.text(args.tensors)
+        let mut text = report.text(args.tensors);
+        if let Some(precision) = args.training {
+            report.training_text(&mut text, precision);
+        }
+        text
     };
     // Whether somebody reads to the end makes no difference.
     let _ = print_now(&text).context("cannot write to standard output")?;
@@ -126,6 +142,29 @@ impl Report {
             files_text(&mut text, files, tensors);
         }
         text
+    }
+
+    /// Bytes that training keeps for the parameters, MTP modules included, whatever the batch.
+    fn training(&self, precision: Precision) -> [(&'static str, usize); 3] {
+        let parameters = self.count.total() + self.count.mtp;
+        let bytes = precision.bytes_per_parameter();
+        bytes.map(|(part, bytes)| (part, bytes * parameters))
+    }
+
+    fn training_text(&self, text: &mut String, precision: Precision) {
+        let parts = self.training(precision);
+        let sum = parts.iter().map(|(_, bytes)| *bytes as u64).sum();
+        let parts = parts.map(|(part, bytes)| format!("{part} {}", HumanBytes(bytes as u64)));
+        let name = json!(precision);
+        let name = name.as_str().unwrap_or_default();
+        line(
+            text,
+            format_args!(
+                "\ntraining in {name}: {} = {}, and the activations of a batch",
+                parts.join(" + "),
+                HumanBytes(sum)
+            ),
+        );
     }
 
     fn json(&self, tensors: bool) -> Value {

@@ -62,6 +62,35 @@ fn contains(text: &str, parts: &[&str]) {
 }
 
 #[test]
+fn memory_of_training_is_counted_per_precision() {
+    let shape = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/model/tiny.json");
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_deepburn"));
+        command
+            .args(["inspect", shape])
+            .args(arguments)
+            .output()
+            .unwrap()
+    };
+    for (precision, bytes) in [("fp32", 16), ("bf16", 12), ("fp8", 12)] {
+        let output = run(&["--json", "--training", precision]);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let parameters = ["total", "mtp"].map(|part| report["parameters"][part].as_u64().unwrap());
+        let parts = report["training_bytes"].as_object().unwrap();
+        let sum: u64 = parts.values().map(|bytes| bytes.as_u64().unwrap()).sum();
+        assert_eq!(sum, bytes * parameters.iter().sum::<u64>(), "{precision}");
+    }
+    let text = String::from_utf8(run(&["--training", "fp8"]).stdout).unwrap();
+    assert!(text.contains("training in fp8: weights "), "{text}");
+    let refused = run(&["--training", "int8"]);
+    let message = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && message.contains("fp32"),
+        "{message}"
+    );
+}
+
+#[test]
 fn inspect_counts_the_published_model() {
     let path = model_config("deepseek-v3-671b.json");
     let text = succeeds(&["inspect", path.to_str().unwrap()]);

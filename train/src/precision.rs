@@ -50,6 +50,15 @@ impl Precision {
         }
     }
 
+    /// Bytes that are kept for each parameter, whatever the batch.
+    pub fn bytes_per_parameter(self) -> [(&'static str, usize); 3] {
+        [
+            ("weights", DType::F32.size()),
+            ("gradients", DType::F32.size()),
+            ("moments", 2 * self.moments().size()),
+        ]
+    }
+
     /// The type of AdamW's moments.
     pub fn moments(self) -> DType {
         match self {

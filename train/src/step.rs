@@ -137,11 +137,7 @@ pub fn global_norm(model: &impl Module, gradients: &GradientsParams) -> f64 {
     struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.extend(
-                self.0
-                    .get::<D>(param.id)
-                    .map(|gradient| sum_of_squares(gradient)),
-            );
+            self.1.extend(self.0.get::<D>(param.id).map(sum_of_squares));
         }
     }
     let mut squares = Squares(gradients, Vec::new());

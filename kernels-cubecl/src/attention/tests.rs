@@ -34,7 +34,11 @@ fn native_agrees_with_reference() {
         let rotation = Rotation::new(angles.map(f32::sin_cos), [length, rope / 2], &device);
         let rows = if cut > 0 { batch } else { 1 };
         let first: Vec<i32> = (0..rows * length)
-            .map(|at| if cut > 0 { at % length / cut * cut } else { 0 })
+            .map(|at| {
+                (at % length)
+                    .checked_div(cut)
+                    .map_or(0, |document| document * cut)
+            })
             .map(|first| first as i32)
             .collect();
         let first = Tensor::<2, Int>::from_data(TensorData::new(first, [rows, length]), &device);

@@ -43,6 +43,10 @@ pub(crate) fn segment_starts<I: Int>(
         terminate!();
     }
     let mut start = 0u32;
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "kernels have no iterators over slices"
+    )]
     for at in 0..ABSOLUTE_POS {
         start += u32::cast_from(counts[at]).div_ceil(TILE);
     }
