@@ -39,13 +39,16 @@ def main():
     parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs/precision")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--set", action="append", default=[], dest="settings")
-    parser.add_argument("--other", metavar="NAME", help="a further folder of --runs to draw, trained by another program")
+    parser.add_argument("--control", metavar="SETTING", help="a setting that should change nothing, for a run in fp32 beside the others")
     args = parser.parse_args()
     deepburn = program()
     curves = {}
-    for precision in PRECISIONS:
-        folder = args.runs / precision
-        settings = [f"precision={precision}", f"run.directory={folder}", f"run.steps={args.steps}", *args.settings]
+    runs = [(precision, [f"precision={precision}"]) for precision in PRECISIONS]
+    if args.control:
+        runs.append(("control", ["precision=fp32", args.control]))
+    for name, settings in runs:
+        folder = args.runs / name
+        settings += [f"run.directory={folder}", f"run.steps={args.steps}", *args.settings]
         command = [deepburn, "train", "configs/train/precision.toml"]
         for setting in settings:
             command += ["--set", setting]
@@ -53,7 +56,7 @@ def main():
             command.append("--resume")
         subprocess.run(command, cwd=ROOT, check=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in PRECISIONS + ([args.other] if args.other else []):
+    for name, _ in runs:
         records = map(json.loads, (args.runs / name / "metrics.jsonl").read_text().splitlines())
         losses = {record["step"]: record["main"] for record in records if record["kind"] == "train"}
         curves[name] = smoothed([losses[step] for step in sorted(losses)])
@@ -61,8 +64,8 @@ def main():
         (args.out / f"precision-{name}.json").write_text(json.dumps(kept) + "\n")
 
     def difference(one, other):
-        pairs = list(zip(curves[one], curves[other]))[FROM:]
-        return max(abs(a / b - 1) for a, b in pairs)
+        differences = [a / b - 1 for a, b in zip(curves[one], curves[other])][FROM:]
+        return max(map(abs, differences)), sum(differences) / len(differences)
 
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     lines = [
@@ -74,12 +77,16 @@ def main():
         "",
         "![loss](precision.svg)",
         "",
-        "| | largest difference | last smoothed loss |",
-        "|---|---|---|",
+        "| | largest difference | mean difference | last smoothed losses |",
+        "|---|---|---|---|",
     ]
-    pairs = [("fp8", "bf16"), ("fp8", "fp32"), ("bf16", "fp32")] + ([(args.other, "fp32")] if args.other else [])
+    pairs = [("fp8", "bf16"), ("fp8", "fp32"), ("bf16", "fp32")] + [("control", "fp32")] * bool(args.control)
     for one, other in pairs:
-        lines.append(f"| {one} against {other} | {difference(one, other):.3%} | {curves[one][-1]:.4f}, {curves[other][-1]:.4f} |")
+        largest, mean = difference(one, other)
+        last = f"{curves[one][-1]:.4f}, {curves[other][-1]:.4f}"
+        lines.append(f"| {one} against {other} | {largest:.3%} | {mean:+.3%} | {last} |")
+    if args.control:
+        lines += ["", f"The control is fp32 with `{args.control}`: what it differs by is what a change in the last bits grows to."]
     (args.out / "precision.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
