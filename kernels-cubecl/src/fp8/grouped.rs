@@ -1,8 +1,10 @@
 //! FP8 products of experts: every segment of rows with a matrix of its own, and the gradients of both.
 
+use std::ops::Range;
+
 use burn::{
     backend::{
-        Autodiff, Dispatch,
+        Autodiff, Dispatch, TensorMetadata,
         autodiff::{
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
@@ -113,10 +115,9 @@ impl OneByOne<'_> {
         weights: FloatTensor<B>,
         transposed: bool,
     ) -> FloatTensor<B> {
-        let [_, k, n] = dims(&weights);
+        let ([rows, _], [_, k, n]) = (dims(&x), dims(&weights));
         let width = if transposed { k } else { n };
-        let like = x.clone();
-        let outputs = self.segments().map(|(expert, rows)| {
+        let of_segment = |(expert, rows): (usize, Range<usize>)| {
             let at = [
                 Slice::from(expert..expert + 1),
                 Slice::full(),
@@ -130,10 +131,13 @@ impl OneByOne<'_> {
             };
             let x = B::float_slice(x.clone(), &[Slice::from(rows), Slice::full()]);
             product::<B>(x, weight, Tile::Block, self.format)
-        });
-        let [rows, _] = dims(&like);
+        };
+        let mut outputs: Vec<_> = self.segments().map(of_segment).collect();
         let behind = rows - self.counts.iter().sum::<usize>();
-        below_each_other::<B>(outputs, zeros_like::<B>(&like, [behind, width]))
+        if behind > 0 || outputs.is_empty() {
+            outputs.push(zeros_like::<B>(&x, [behind, width]));
+        }
+        B::float_cat(outputs, 0)
     }
 
     /// `x_e^T dy_e`.
@@ -157,7 +161,7 @@ impl OneByOne<'_> {
     }
 
     /// Experts with rows, and which.
-    fn segments(&self) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
+    fn segments(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         let mut end = 0;
         let segments = self.counts.iter().enumerate().map(move |(expert, &count)| {
             end += count;
@@ -168,20 +172,7 @@ impl OneByOne<'_> {
 }
 
 fn zeros_like<B: Fp8Ops>(like: &FloatTensor<B>, shape: [usize; 2]) -> FloatTensor<B> {
-    use burn::backend::TensorMetadata;
     B::float_zeros(Shape::new(shape), &like.device(), like.dtype().into())
-}
-
-fn below_each_other<B: Fp8Ops>(
-    tensors: impl Iterator<Item = FloatTensor<B>>,
-    last: FloatTensor<B>,
-) -> FloatTensor<B> {
-    let [rows, _] = dims(&last);
-    let mut all: Vec<_> = tensors.collect();
-    if rows > 0 || all.is_empty() {
-        all.push(last);
-    }
-    B::float_cat(all, 0)
 }
 
 #[derive(Debug)]
