@@ -14,10 +14,13 @@ use crate::{config::OptimizerConfig, precision::Precision, schedule::LearningRat
 /// AdamW on every parameter. Gradients are clipped before, by their global norm (see [`crate::step::update`]).
 pub fn adamw(config: &OptimizerConfig, precision: Precision) -> ModuleOptimizer {
     ModuleOptimizer::from(AdamW {
-        beta_1: config.beta1 as f32,
-        beta_2: config.beta2 as f32,
-        epsilon: config.epsilon as f32,
-        weight_decay: config.weight_decay as f32,
+        update: adamw::AdamW {
+            rate: 0.0,
+            beta_1: config.beta1 as f32,
+            beta_2: config.beta2 as f32,
+            epsilon: config.epsilon as f32,
+            weight_decay: config.weight_decay as f32,
+        },
         moments: precision.moments(),
     })
 }
@@ -26,10 +29,8 @@ pub fn adamw(config: &OptimizerConfig, precision: Precision) -> ModuleOptimizer 
 /// type.
 #[derive(Clone)]
 struct AdamW {
-    beta_1: f32,
-    beta_2: f32,
-    epsilon: f32,
-    weight_decay: f32,
+    /// But for the rate, which is the step's.
+    update: adamw::AdamW,
     moments: DType,
 }
 
@@ -45,10 +46,7 @@ impl Optimizer for AdamW {
     ) -> (Tensor<D>, Option<AdamWState<D>>) {
         let update = adamw::AdamW {
             rate,
-            beta_1: self.beta_1,
-            beta_2: self.beta_2,
-            epsilon: self.epsilon,
-            weight_decay: self.weight_decay,
+            ..self.update
         };
         let (moments, time) = match state {
             Some(AdamWState { momentum }) => {
