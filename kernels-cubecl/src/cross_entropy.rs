@@ -20,7 +20,7 @@ use burn::{
 use rayon::prelude::*;
 
 use crate::{
-    flex::{contiguous, dims, elements, float_tensor, indices, is_native_f32, matrix},
+    flex::{ascending, contiguous, dims, elements, float_tensor, indices, is_native_f32, matrix},
     gemm::{Into, Matrix, add_product, multiply},
     vector::{exp, max, sum, vectorized},
 };
@@ -119,8 +119,9 @@ impl CrossEntropyOps for Flex {
     ) -> FloatTensor<Self> {
         let ([rows, width], [_, classes]) = (dims(&x), dims(&weight));
         let (x, targets) = (contiguous(x), indices(&targets));
+        let weight = ascending(weight);
         let (x, weight) = (elements::<f32>(&x), matrix(&weight));
-        let part = part_of(rows, classes);
+        let (_, part) = slice_and_part(rows, classes);
         let mut losses = vec![0f32; rows];
         let parts = losses.par_chunks_mut(part).zip(x.par_chunks(part * width));
         parts
@@ -152,13 +153,12 @@ fn mean(losses: &[f32], rows: usize) -> f32 {
     (total / rows as f64) as f32
 }
 
-/// Rows whose logits are there at a time, for each thread: some megabytes.
-fn part_of(rows: usize, classes: usize) -> usize {
-    const LOGITS: usize = 1 << 21;
-    (LOGITS / classes)
-        .clamp(16, 256)
-        .min(rows.div_ceil(rayon::current_num_threads()))
-        .max(1)
+/// Rows whose logits are there at a time, some megabytes, whatever the number of threads: the gradient of the weights is
+/// summed over such slices. Also the rows of a slice that one thread has.
+fn slice_and_part(rows: usize, classes: usize) -> (usize, usize) {
+    const LOGITS: usize = 1 << 22;
+    let slice = (LOGITS / classes).clamp(32, 512).min(rows.max(1));
+    (slice, slice.div_ceil(rayon::current_num_threads()))
 }
 
 impl CrossEntropyGrad for Flex {
@@ -196,10 +196,10 @@ impl CrossEntropyGrad for Flex {
     ) -> [FloatTensor<Self>; 3] {
         let ([rows, width], [_, classes]) = (dims(&x), dims(&weight));
         let (x, targets) = (contiguous(x), indices(&targets));
+        let weight = ascending(weight);
         let (x, weight) = (elements::<f32>(&x), matrix(&weight));
         let scale = 1.0 / rows as f32;
-        let part = part_of(rows, classes);
-        let slice = part * rayon::current_num_threads();
+        let (slice, part) = slice_and_part(rows, classes);
         let mut losses = vec![0f32; rows];
         let mut grad_x = vec![0f32; rows * width];
         let mut grad_weight = vec![0f32; width * classes];
@@ -365,6 +365,32 @@ mod tests {
             native.0.assert_approx_eq(&expected.0, Tolerance::<f32>::rel_abs(1e-5, 1e-5));
             // Logits go to about 40, where neighbouring numbers are 4e-6 apart: that is the relative error of exp.
             native.1.assert_approx_eq(&expected.1, Tolerance::<f32>::rel_abs(1e-5, 1e-6));
+        }
+    }
+
+    #[test]
+    fn gradients_do_not_depend_on_the_number_of_threads() {
+        let device = Device::flex().autodiff();
+        let random = |shape: [usize; 2]| {
+            Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad()
+        };
+        let (x, weight) = (random([1100, 24]), random([24, 8192]));
+        let targets: Vec<i32> = (0..1100).map(|row| row * 7919 % 8192).collect();
+        let targets = Tensor::<1, Int>::from_data(&targets[..], &device);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            pool.install(|| {
+                let loss = linear_cross_entropy(x.clone(), weight.clone(), targets.clone());
+                let grads = loss.backward();
+                [&x, &weight].map(|of| of.grad(&grads).expect("reached").into_data())
+            })
+        };
+        let expected = run(1);
+        for threads in [2, 3, 5] {
+            assert_eq!(run(threads), expected, "{threads} threads");
         }
     }
 

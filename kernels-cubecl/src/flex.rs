@@ -95,7 +95,16 @@ pub(crate) fn elements_mut<T: Element + bytemuck::Pod>(tensor: &mut FlexFloat) -
     &mut tensor.storage_mut::<T>()[start..start + length]
 }
 
-/// A tensor of two dimensions as a matrix, with its strides.
+/// A tensor whose elements follow each other in every dimension, as [`matrix`] takes it: a flipped one is copied.
+pub(crate) fn ascending(tensor: FlexFloat) -> FlexFloat {
+    if tensor.layout().strides().iter().all(|&stride| stride >= 0) {
+        tensor
+    } else {
+        tensor.to_contiguous()
+    }
+}
+
+/// A tensor of two dimensions as a matrix, with its strides, which are not negative.
 pub(crate) fn matrix<T: Scalar>(tensor: &FlexFloat) -> Matrix<'_, T> {
     let [rows, columns] = dims(tensor);
     let layout = tensor.layout();

@@ -17,7 +17,7 @@ use burn::{
 };
 
 use crate::{
-    flex::{FlexFloat, Scalar, dims, float_tensor, is_native, matrix, with_scalar},
+    flex::{FlexFloat, Scalar, ascending, dims, float_tensor, is_native, matrix, with_scalar},
     gemm::product,
 };
 
@@ -61,23 +61,24 @@ pub(crate) trait LinearGrad: burn::backend::Backend {
 
 impl LinearOps for Flex {
     fn linear_product(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        with_scalar!(x, T => multiply::<T>(&x, &weight))
+        with_scalar!(x, T => multiply::<T>(x, weight))
     }
 }
 
 impl LinearGrad for Flex {
     fn linear_input_grad(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        with_scalar!(grad, T => multiply::<T>(&grad, &weight.transpose(0, 1)))
+        with_scalar!(grad, T => multiply::<T>(grad, weight.transpose(0, 1)))
     }
 
     fn linear_weight_grad(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
-        with_scalar!(x, T => multiply::<T>(&x.transpose(0, 1), &grad))
+        with_scalar!(x, T => multiply::<T>(x.transpose(0, 1), grad))
     }
 }
 
-fn multiply<T: Scalar>(a: &FlexFloat, b: &FlexFloat) -> FlexFloat {
-    let ([rows, _], [_, columns]) = (dims(a), dims(b));
-    float_tensor(product::<T>(matrix(a), matrix(b)), [rows, columns])
+fn multiply<T: Scalar>(a: FlexFloat, b: FlexFloat) -> FlexFloat {
+    let (a, b) = (ascending(a), ascending(b));
+    let ([rows, _], [_, columns]) = (dims(&a), dims(&b));
+    float_tensor(product::<T>(matrix(&a), matrix(&b)), [rows, columns])
 }
 
 #[derive(Debug)]
@@ -153,6 +154,14 @@ mod tests {
                 found.assert_approx_eq(expected, close);
             }
         }
+    }
+
+    #[test]
+    fn flipped_matrices_are_multiplied_as_others() {
+        let of = |values: [[f32; 2]; 2]| Tensor::<2>::from_data(values, &Device::flex());
+        let (x, weight) = (of([[1.0, 2.0], [3.0, 4.0]]), of([[5.0, 6.0], [7.0, 8.0]]));
+        let found = linear(x.flip([0]), weight.flip([1])).into_data();
+        assert_eq!(found, of([[50.0, 43.0], [22.0, 19.0]]).into_data());
     }
 
     #[test]
