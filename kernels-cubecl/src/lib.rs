@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod bf16;
+pub mod compact;
 pub mod cross_entropy;
 mod cube;
 #[cfg(feature = "cuda")]

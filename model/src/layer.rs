@@ -1,7 +1,10 @@
 //! One transformer layer: attention and a feed-forward part, each normed before and added to the residual stream.
 
 use burn::{module::Module, tensor::Tensor};
-use deepburn_kernels::rope::Rotation;
+use deepburn_kernels::{
+    compact::{CompactFormat, NotCompact},
+    rope::Rotation,
+};
 
 use crate::{
     attention::{Attention, AttentionMask, LayerCache},
@@ -79,6 +82,15 @@ impl DecoderLayer {
         match &mut self.mlp {
             FeedForward::Dense(mlp) => mlp.set_arithmetic(arithmetic),
             FeedForward::Moe(moe) => moe.set_arithmetic(arithmetic),
+        }
+    }
+
+    /// Holds the weights of its large matrices in a compact format.
+    pub(crate) fn hold(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        self.self_attn.hold(format)?;
+        match &mut self.mlp {
+            FeedForward::Dense(mlp) => mlp.hold(format),
+            FeedForward::Moe(moe) => moe.hold(format),
         }
     }
 

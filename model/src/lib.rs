@@ -11,6 +11,7 @@
 pub mod attention;
 pub mod checkpoint;
 pub mod config;
+mod held;
 pub mod init;
 pub mod layer;
 pub mod loss;

@@ -1,7 +1,10 @@
 //! The dense feed-forward part, also the form of the shared experts.
 
 use burn::{module::Module, tensor::Tensor};
-use deepburn_kernels::swiglu::swiglu;
+use deepburn_kernels::{
+    compact::{CompactFormat, NotCompact},
+    swiglu::swiglu,
+};
 
 use crate::{
     init::Initializer,
@@ -38,6 +41,13 @@ impl Mlp {
             self.gate_proj.forward(x.clone()),
             self.up_proj.forward(x),
         ))
+    }
+
+    /// Holds the weights in a compact format.
+    pub(crate) fn hold(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        [&mut self.gate_proj, &mut self.up_proj, &mut self.down_proj]
+            .into_iter()
+            .try_for_each(|projection| projection.hold(format))
     }
 
     /// Sets how products are computed.

@@ -1,7 +1,10 @@
 //! Multi-token prediction (report section 2.2): modules that predict further tokens, each from the one before.
 
 use burn::{module::Module, tensor::Tensor};
-use deepburn_kernels::rope::Rotation;
+use deepburn_kernels::{
+    compact::{CompactFormat, NotCompact},
+    rope::Rotation,
+};
 
 use crate::{
     attention::AttentionMask,
@@ -67,6 +70,12 @@ impl MtpModule {
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
         self.eh_proj.arithmetic = arithmetic.unquantised();
         self.block.set_arithmetic(arithmetic);
+    }
+
+    /// Holds the weights of its large matrices in a compact format.
+    pub(crate) fn hold(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        self.eh_proj.hold(format)?;
+        self.block.hold(format)
     }
 
     /// Combines the representation of each position with the embedding of a later token (equations 21 and 22).

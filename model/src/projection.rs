@@ -6,11 +6,12 @@ use burn::{
 };
 use deepburn_kernels::{
     bf16::{rounded, rounded_weight},
+    compact::{CompactFormat, CompactMatrices, NotCompact},
     fp8::{self, ScaleFormat},
     linear::linear,
 };
 
-use crate::init::Initializer;
+use crate::{held::hold, init::Initializer};
 
 /// How the layers compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +82,8 @@ pub struct Projection {
     pub weight: Param<Tensor<2>>,
     #[module(skip)]
     pub(crate) arithmetic: Arithmetic,
+    #[module(skip)]
+    held: Option<CompactMatrices>,
 }
 
 impl Projection {
@@ -89,7 +92,14 @@ impl Projection {
         Self {
             weight: init.normal("weight", [inputs, outputs]),
             arithmetic: Arithmetic::FULL,
+            held: None,
         }
+    }
+
+    /// Holds the weights in a compact format.
+    pub(crate) fn hold(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        self.held = Some(hold(&mut self.weight, format)?);
+        Ok(())
     }
 
     /// Multiplies every row of `x`.
@@ -98,16 +108,15 @@ impl Projection {
     /// - `x`: `[.., in]`
     /// - result: `[.., out]`
     pub fn forward<const N: usize>(&self, x: Tensor<N>) -> Tensor<N> {
-        let weight = self.weight.val();
-        let [inputs, outputs] = weight.dims();
         let mut shape = x.dims();
         let arithmetic = self.arithmetic;
-        let rows = arithmetic.activation(x.reshape([-1, inputs as i32]));
-        let rows = match arithmetic.fp8 {
-            None => linear(rows, arithmetic.weight(weight)),
-            Some(format) => fp8::linear(rows, weight, format),
+        let rows = arithmetic.activation(x.reshape([-1, shape[N - 1] as i32]));
+        let rows = match (&self.held, arithmetic.fp8) {
+            (Some(held), _) => held.linear(rows),
+            (None, None) => linear(rows, arithmetic.weight(self.weight.val())),
+            (None, Some(format)) => fp8::linear(rows, self.weight.val(), format),
         };
-        shape[N - 1] = outputs;
+        shape[N - 1] = rows.dims()[1];
         arithmetic.activation(rows).reshape(shape)
     }
 }

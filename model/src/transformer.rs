@@ -11,7 +11,10 @@ use burn::{
     nn::Embedding,
     tensor::{Device, Int, Tensor},
 };
-use deepburn_kernels::cross_entropy::linear_cross_entropy;
+use deepburn_kernels::{
+    compact::{CompactFormat, NotCompact},
+    cross_entropy::linear_cross_entropy,
+};
 
 use crate::{
     attention::{AttentionMask, LatentCache},
@@ -91,6 +94,30 @@ impl Transformer {
             module.set_arithmetic(arithmetic);
         }
         self
+    }
+
+    /// The same model with the weights of its large matrices rounded to a compact format and held in it, for decoding.
+    /// Embedding, router, norms and `kv_b_proj` stay as they are, and so does an output head that is the embedding.
+    ///
+    /// # Errors
+    /// A model that is not in single precision on the CPU.
+    pub fn hold(mut self, format: CompactFormat) -> Result<Self, NotCompact> {
+        for layer in &mut self.layers {
+            layer.hold(format)?;
+        }
+        self.hold_outside_layers(format)?;
+        Ok(self)
+    }
+
+    /// As [`hold`](Self::hold) for all but the layers.
+    pub(crate) fn hold_outside_layers(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        for module in &mut self.mtp {
+            module.hold(format)?;
+        }
+        match &mut self.lm_head {
+            Some(head) => head.hold(format),
+            None => Ok(()),
+        }
     }
 
     /// Runs the main model over whole sequences.

@@ -16,7 +16,11 @@ use burn::{
 
 pub use cache::{LatentCache, LayerCache};
 
-use deepburn_kernels::{attention::Sizes, rope::Rotation};
+use deepburn_kernels::{
+    attention::Sizes,
+    compact::{CompactFormat, NotCompact},
+    rope::Rotation,
+};
 
 use crate::{
     config::ModelConfig,
@@ -88,6 +92,13 @@ impl QueryProjection {
                 .forward(query.q_a_layernorm.forward(query.q_a_proj.forward(x))),
         }
     }
+
+    fn projections(&mut self) -> Vec<&mut Projection> {
+        match self {
+            Self::Direct(query) => vec![&mut query.q_proj],
+            Self::LowRank(query) => vec![&mut query.q_a_proj, &mut query.q_b_proj],
+        }
+    }
 }
 
 impl Attention {
@@ -125,14 +136,17 @@ impl Attention {
         }
     }
 
+    /// Holds the weights in a compact format but for those of `kv_b_proj`, which are multiplied into queries and outputs.
+    pub(crate) fn hold(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        let others = [&mut self.kv_a_proj_with_mqa, &mut self.o_proj];
+        let mut projections = self.query.projections().into_iter().chain(others);
+        projections.try_for_each(|projection| projection.hold(format))
+    }
+
     /// Sets how products with weights are computed.
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
-        let queries = match &mut self.query {
-            QueryProjection::Direct(query) => vec![&mut query.q_proj],
-            QueryProjection::LowRank(query) => vec![&mut query.q_a_proj, &mut query.q_b_proj],
-        };
         let others = [&mut self.kv_a_proj_with_mqa, &mut self.kv_b_proj];
-        for projection in queries.into_iter().chain(others) {
+        for projection in self.query.projections().into_iter().chain(others) {
             projection.arithmetic = arithmetic;
         }
         self.o_proj.arithmetic = arithmetic.of_kept_inputs();

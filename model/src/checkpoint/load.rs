@@ -9,6 +9,7 @@ use burn::{
     module::{Module, ModuleMapper, Param},
     tensor::{DType, Device, Tensor, TensorData},
 };
+use deepburn_kernels::compact::CompactFormat;
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::{
@@ -47,11 +48,39 @@ fn read_config_as<T>(
 /// Unreadable or malformed files; tensors that are missing, unexpected, of another shape or type or with unusable
 /// scales, all of them listed.
 pub fn load(dir: &Path, device: &Device) -> Result<(ModelConfig, Transformer), CheckpointError> {
+    load_as(dir, device, None)
+}
+
+/// As [`load`], with weights held in a compact format as by [`Transformer::hold`]: only one layer's at a time are there in
+/// single precision.
+///
+/// # Errors
+/// As [`load`], and another device than the CPU.
+pub fn load_held(
+    dir: &Path,
+    device: &Device,
+    format: CompactFormat,
+) -> Result<(ModelConfig, Transformer), CheckpointError> {
+    format.check(device)?;
+    load_as(dir, device, Some(format))
+}
+
+fn load_as(
+    dir: &Path,
+    device: &Device,
+    format: Option<CompactFormat>,
+) -> Result<(ModelConfig, Transformer), CheckpointError> {
     let (config, quantized) = read_config_as(dir, hf_config::parse_for_weights)?;
     let files = WeightFiles::open(dir)?;
-    let model = assemble(&config, quantized, files.tensors()?, device, &|data| {
-        files.release(data);
-    });
+    let release = |data: &[u8]| files.release(data);
+    let model = assemble(
+        &config,
+        quantized,
+        files.tensors()?,
+        device,
+        format,
+        &release,
+    );
     match model {
         Ok(model) => Ok((config, model)),
         Err(problems) => Err(CheckpointError::Tensors {
@@ -67,6 +96,7 @@ fn assemble(
     quantized: bool,
     tensors: StoredTensors<'_>,
     device: &Device,
+    format: Option<CompactFormat>,
     release: &dyn Fn(&[u8]),
 ) -> Result<Transformer, Vec<String>> {
     let StoredTensors {
@@ -83,7 +113,7 @@ fn assemble(
         release,
         problems,
     };
-    let model = Transformer::new(config, 0, device).map(&mut loader);
+    let model = loader.fill(Transformer::new(config, 0, device), format);
     for depth in 0..config.num_nextn_predict_layers {
         loader.check_copies(depth, config.tie_word_embeddings);
     }
@@ -135,6 +165,34 @@ impl Loader<'_> {
                 None
             }
         }
+    }
+
+    /// The model with its parameters as they are stored.
+    fn fill(&mut self, mut model: Transformer, format: Option<CompactFormat>) -> Transformer {
+        let Some(format) = format else {
+            return model.map(self);
+        };
+        const HELD: &str = "single precision on a device that was checked";
+        let layers = std::mem::take(&mut model.layers);
+        let mut held = Vec::with_capacity(layers.len());
+        self.path.enter("layers", "Transformer");
+        for (index, layer) in layers.into_iter().enumerate() {
+            self.path.enter(&index.to_string(), "Vec");
+            let mut layer = layer.map(self);
+            // Where a tensor is missing there is nothing to be held, and the model is not going to be used.
+            if self.problems.is_empty() {
+                layer.hold(format).expect(HELD);
+            }
+            held.push(layer);
+            self.path.exit("Vec");
+        }
+        self.path.exit("Transformer");
+        let mut model = model.map(self);
+        if self.problems.is_empty() {
+            model.hold_outside_layers(format).expect(HELD);
+        }
+        model.layers = held;
+        model
     }
 
     fn read(&mut self, shape: &[usize]) -> Option<Vec<f32>> {
@@ -292,7 +350,7 @@ mod tests {
             hf_config::parse_for_weights(text).map_err(|error| error.to_string())?;
         let tensors = files::tensors(&[(Path::new("model.safetensors"), weights)], None)
             .map_err(|error| error.to_string())?;
-        assemble(&config, quantized, tensors, &Device::flex(), &|_| {})
+        assemble(&config, quantized, tensors, &Device::flex(), None, &|_| {})
             .map_err(|problems| problems.join("\n"))
     }
 
@@ -363,7 +421,8 @@ mod tests {
         tensors.by_name.insert(name.to_owned(), view);
         let (config, quantized) =
             hf_config::parse_for_weights(str::from_utf8(&config).unwrap()).unwrap();
-        let problems = assemble(&config, quantized, tensors, &Device::flex(), &|_| {}).unwrap_err();
+        let problems =
+            assemble(&config, quantized, tensors, &Device::flex(), None, &|_| {}).unwrap_err();
         assert_eq!(
             problems,
             [format!(

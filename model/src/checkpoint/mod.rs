@@ -12,8 +12,10 @@ mod save;
 
 use std::path::{Path, PathBuf};
 
+use deepburn_kernels::compact::NotCompact;
+
 pub use atomic::{write_directory, write_file};
-pub use load::{load, read_config};
+pub use load::{load, load_held, read_config};
 pub use save::{SaveOptions, save};
 
 /// The type that weights are written in.
@@ -64,6 +66,9 @@ pub enum CheckpointError {
         /// One line per tensor: its name, what was expected and what was found.
         problems: Vec<String>,
     },
+    /// Weights cannot be held as asked for.
+    #[error(transparent)]
+    NotCompact(#[from] NotCompact),
 }
 
 impl CheckpointError {

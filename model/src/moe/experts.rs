@@ -4,9 +4,15 @@ use burn::{
     module::{Module, Param},
     tensor::{Int, Tensor},
 };
-use deepburn_kernels::{fp8, grouped_gemm::grouped_matmul, permute::Permutation, swiglu::swiglu};
+use deepburn_kernels::{
+    compact::{CompactFormat, CompactMatrices, NotCompact},
+    fp8,
+    grouped_gemm::grouped_matmul,
+    permute::Permutation,
+    swiglu::swiglu,
+};
 
-use crate::{config::ModelConfig, init::Initializer, projection::Arithmetic};
+use crate::{config::ModelConfig, held::hold, init::Initializer, projection::Arithmetic};
 
 /// SwiGLU experts with their matrices stacked.
 #[derive(Module, Debug)]
@@ -19,6 +25,8 @@ pub struct Experts {
     pub down_proj: Param<Tensor<3>>,
     #[module(skip)]
     pub(crate) arithmetic: Arithmetic,
+    #[module(skip)]
+    held: Option<[CompactMatrices; 3]>, // of gate, up and down
 }
 
 impl Experts {
@@ -31,7 +39,18 @@ impl Experts {
             up_proj: init.normal("up_proj", [experts, hidden, width]),
             down_proj: init.normal("down_proj", [experts, width, hidden]),
             arithmetic: Arithmetic::FULL,
+            held: None,
         }
+    }
+
+    /// Holds the weights in a compact format.
+    pub(crate) fn hold(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        self.held = Some([
+            hold(&mut self.gate_proj, format)?,
+            hold(&mut self.up_proj, format)?,
+            hold(&mut self.down_proj, format)?,
+        ]);
+        Ok(())
     }
 
     /// Experts, E.
@@ -61,6 +80,13 @@ impl Experts {
     /// # Shapes
     /// - `x`: `[R, D]` in the given order, as the result
     pub fn forward(&self, x: Tensor<2>, order: &Permutation) -> Tensor<2> {
+        if let Some([gate, up, down]) = &self.held {
+            let hidden = swiglu(
+                gate.grouped_linear(x.clone(), order),
+                up.grouped_linear(x, order),
+            );
+            return down.grouped_linear(hidden, order);
+        }
         let inputs = self.arithmetic.of_kept_inputs();
         let multiply = |arithmetic: Arithmetic, x, weights: &Param<Tensor<3>>| {
             let (x, weights) = (arithmetic.activation(x), weights.val());

@@ -8,7 +8,10 @@ use burn::{
     module::Module,
     tensor::{Int, Tensor},
 };
-use deepburn_kernels::permute::{combine, permute};
+use deepburn_kernels::{
+    compact::{CompactFormat, NotCompact},
+    permute::{combine, permute},
+};
 
 pub use experts::Experts;
 pub use router::{Router, Routing};
@@ -54,6 +57,15 @@ impl Moe {
         self.experts.arithmetic = arithmetic;
         if let Some(shared) = &mut self.shared_experts {
             shared.set_arithmetic(arithmetic);
+        }
+    }
+
+    /// Holds the experts' weights in a compact format.
+    pub(crate) fn hold(&mut self, format: CompactFormat) -> Result<(), NotCompact> {
+        self.experts.hold(format)?;
+        match &mut self.shared_experts {
+            Some(shared) => shared.hold(format),
+            None => Ok(()),
         }
     }
 
