@@ -9,6 +9,7 @@ mod generate;
 mod inspect;
 mod model_dir;
 mod pipeline;
+mod plan;
 mod progress;
 mod step_lines;
 mod train;
@@ -52,6 +53,8 @@ enum Command {
     Convert(convert::Args),
     #[command(after_help = EXIT_CODES)]
     Pipeline(pipeline::Args),
+    #[command(after_help = EXIT_CODES)]
+    Plan(plan::Args),
 }
 
 fn main() -> ExitCode {
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Pipeline(args) => pipeline::run(args),
+        Command::Plan(args) => plan::run(args),
     });
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", with_causes(&error));

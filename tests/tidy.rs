@@ -14,13 +14,14 @@ const LIBRARIES: [&str; 4] = [
 ];
 
 /// Modules that compute on plain data. A path that ends in `/` is a folder.
-const PURE: [&str; 10] = [
+const PURE: [&str; 11] = [
     "kernels-cubecl/src/fp8/e4m3.rs",
     "kernels-cubecl/src/fp8/tiles.rs",
     "model/src/checkpoint/hf_names.rs",
     "model/src/config.rs",
     "train/src/balance.rs",
     "train/src/pipeline/schedule/",
+    "train/src/plan/",
     "train/src/schedule.rs",
     "train/src/data/",
     "infer/src/sampler.rs",

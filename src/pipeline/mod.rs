@@ -105,11 +105,34 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Draws a timeline whose stages differ: `mean` has their mean costs. All times are in milliseconds.
+pub(crate) fn draw_uneven(
+    schedule: Schedule,
+    mean: Costs,
+    timeline: Timeline,
+    simulation: Simulation,
+) -> String {
+    let directions = match timeline.placement.route {
+        Route::BothWays => 2,
+        Route::OneWay | Route::Folded => 1,
+    };
+    svg::draw(&Plan {
+        schedule,
+        micro_batches: timeline.micro_batches * directions,
+        costs: mean,
+        takes: "in milliseconds, a stage takes on average",
+        timeline,
+        simulation,
+    })
+}
+
 /// A schedule with its times.
 struct Plan {
     schedule: Schedule,
     micro_batches: usize,
     costs: Costs,
+    /// How the costs are introduced.
+    takes: &'static str,
     timeline: Timeline,
     simulation: Simulation,
 }
@@ -128,6 +151,7 @@ impl Plan {
             schedule,
             micro_batches,
             costs,
+            takes: "a stage takes",
             timeline,
             simulation,
         })
@@ -161,10 +185,11 @@ impl Plan {
         ]
         .map(number);
         format!(
-            "{}, {}, {}; a stage takes F {f}, B {b}, Bi {bi}, W {w}, F&B {fb}; communication {c}",
+            "{}, {}, {}; {} F {f}, B {b}, Bi {bi}, W {w}, F&B {fb}; communication {c}",
             self.schedule.name(),
             counted(self.ranks(), "rank"),
             counted(self.micro_batches, "micro-batch"),
+            self.takes,
         )
     }
 

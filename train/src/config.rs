@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use deepburn_model::loss::BalanceReading;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     data::{DataConfig, DataError},
@@ -253,26 +253,10 @@ impl TrainConfig {
     /// # Errors
     /// An unreadable file, an unknown key, or a value that breaks a rule.
     pub fn read(path: &Path, set: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
+        let mut config = read::<Self>(path, set)?.validate()?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        let mut config = Self::parse(&text, set)
-            .map_err(|error| error.in_file(path))?
-            .validate()?;
         config.model.config = folder.join(&config.model.config);
         Ok(config)
-    }
-
-    fn parse(text: &str, set: &[String]) -> Result<Self, ConfigError> {
-        let mut table: toml::Table = text.parse().map_err(ConfigError::syntax)?;
-        for text in set {
-            assign(&mut table, text)?;
-        }
-        // Through text again, so that messages about types and unknown keys show the line.
-        toml::from_str(&toml::to_string(&table).map_err(ConfigError::syntax)?)
-            .map_err(ConfigError::syntax)
     }
 
     fn validate(self) -> Result<Self, ConfigError> {
@@ -374,13 +358,33 @@ impl ConfigError {
         }
     }
 
-    fn rule(key: &str, value: impl std::fmt::Display, rule: &str) -> Self {
+    pub(crate) fn rule(key: &str, value: impl std::fmt::Display, rule: &str) -> Self {
         Self::Rule {
             key: key.to_owned(),
             value: value.to_string(),
             rule: rule.to_owned(),
         }
     }
+}
+
+/// A TOML file of any shape, with values set over it.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path, set: &[String]) -> Result<T, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    parse(&text, set).map_err(|error| error.in_file(path))
+}
+
+/// The text of such a file.
+pub(crate) fn parse<T: DeserializeOwned>(text: &str, set: &[String]) -> Result<T, ConfigError> {
+    let mut table: toml::Table = text.parse().map_err(ConfigError::syntax)?;
+    for text in set {
+        assign(&mut table, text)?;
+    }
+    // Through text again, so that messages about types and unknown keys show the line.
+    toml::from_str(&toml::to_string(&table).map_err(ConfigError::syntax)?)
+        .map_err(ConfigError::syntax)
 }
 
 fn assign(table: &mut toml::Table, text: &str) -> Result<(), ConfigError> {
@@ -435,7 +439,7 @@ mod tests {
 
     fn read(set: &[&str]) -> Result<TrainConfig, String> {
         let set: Vec<String> = set.iter().map(|&text| text.to_owned()).collect();
-        TrainConfig::parse(TEXT, &set)
+        parse(TEXT, &set)
             .and_then(TrainConfig::validate)
             .map_err(|error| error.to_string())
     }

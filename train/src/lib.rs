@@ -8,6 +8,7 @@ pub mod loader;
 pub mod metrics;
 pub mod optimizer;
 pub mod pipeline;
+pub mod plan;
 pub mod precision;
 pub mod report;
 pub mod run;

@@ -1,8 +1,9 @@
 //! Pipeline schedules as values (report, section 3.2.1).
 //!
-//! A model is cut into stages of equal cost and a batch into micro-batches. A schedule says in which order each rank
-//! computes its stages, forward and backward, and what it sends and receives in between. [`Schedule::timeline`] makes
-//! that order, [`Timeline::validate`] proves that it can be executed, [`simulate`] tells how long it takes.
+//! A model is cut into stages and a batch into micro-batches. A schedule says in which order each rank computes its
+//! stages, forward and backward, and what it sends and receives in between. [`Schedule::timeline`] makes that order,
+//! [`Timeline::validate`] proves that it can be executed, [`simulate`] tells how long it takes if all stages cost the
+//! same, [`simulate_uneven`] if they do not.
 //!
 //! Start reading at [`action`], then [`dualpipe`].
 
@@ -19,9 +20,11 @@ pub mod timeline;
 mod validate;
 pub mod zero_bubble;
 
+use serde::{Deserialize, Serialize};
+
 pub use action::{Action, Chunk, Direction, Pass, Transfer, TransferKind};
 pub use placement::{Neighbour, Placement, Route};
-pub use simulation::{Costs, Simulation, Span, simulate};
+pub use simulation::{Costs, Simulation, Span, simulate, simulate_uneven};
 pub use timeline::{RankSteps, Step, Timeline};
 pub use validate::Violation;
 
@@ -29,15 +32,19 @@ pub use validate::Violation;
 pub const MAX_CHUNKS: usize = 1 << 20;
 
 /// An order of forward and backward passes.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum Schedule {
     /// One forward, one backward: see [`one_f_one_b`].
+    #[serde(rename = "1f1b")]
     OneFOneB,
     /// ZB1P, with backward passes in two parts: see [`zero_bubble`].
+    #[serde(rename = "zb1p")]
     ZeroBubble,
     /// Micro-batches from both ends: see [`dualpipe`].
+    #[serde(rename = "dualpipe")]
     DualPipe,
     /// DualPipe folded onto half the ranks: see [`dualpipe_v`].
+    #[serde(rename = "dualpipe-v")]
     DualPipeV,
 }
 

@@ -114,11 +114,23 @@ pub struct Simulation {
     pub bubble: Vec<f64>,
 }
 
-/// Times a timeline.
+/// Times a timeline whose stages all cost the same.
 ///
 /// # Errors
 /// A timeline that is not valid.
 pub fn simulate(timeline: &Timeline, costs: &Costs) -> Result<Simulation, Violation> {
+    simulate_uneven(timeline, costs.communication, |_, action| costs.of(action))
+}
+
+/// Times a timeline, given how long each rank takes for each action.
+///
+/// # Errors
+/// A timeline that is not valid.
+pub fn simulate_uneven(
+    timeline: &Timeline,
+    communication: f64,
+    cost: impl Fn(usize, Action) -> f64,
+) -> Result<Simulation, Violation> {
     timeline.validate()?;
     let mut ends = Ends::new(timeline);
     let mut spans: Vec<Vec<Span>> = vec![Vec::new(); timeline.ranks.len()];
@@ -127,11 +139,11 @@ pub fn simulate(timeline: &Timeline, costs: &Costs) -> Result<Simulation, Violat
         moved = false;
         for (rank, spans) in spans.iter_mut().enumerate() {
             while let Some(step) = timeline.ranks[rank].steps.get(spans.len())
-                && let Some(ready) = ends.ready(rank, step.action, costs)
+                && let Some(ready) = ends.ready(rank, step.action, communication)
             {
                 let free = spans.last().map_or(0.0, |span| span.end);
                 let start = f64::max(free, ready);
-                let end = start + costs.of(step.action);
+                let end = start + cost(rank, step.action);
                 spans.push(Span { start, end });
                 ends.set(rank, step.action, end);
                 moved = true;
@@ -142,8 +154,8 @@ pub fn simulate(timeline: &Timeline, costs: &Costs) -> Result<Simulation, Violat
         .iter()
         .filter_map(|spans| Some(spans.last()?.end))
         .fold(0.0, f64::max);
-    let busy = timeline.ranks.iter().map(|rank| {
-        let costs = rank.steps.iter().map(|step| costs.of(step.action));
+    let busy = timeline.ranks.iter().enumerate().map(|(rank, steps)| {
+        let costs = steps.steps.iter().map(|step| cost(rank, step.action));
         costs.sum::<f64>()
     });
     Ok(Simulation {
@@ -175,7 +187,7 @@ impl<'a> Ends<'a> {
     }
 
     /// When all inputs are there, unless one of them is not computed yet.
-    fn ready(&self, rank: usize, action: Action, costs: &Costs) -> Option<f64> {
+    fn ready(&self, rank: usize, action: Action, communication: f64) -> Option<f64> {
         let mut ready = 0.0;
         for part in action.parts() {
             // The order of the steps alone decides about W, and about B after F on the same rank.
@@ -187,9 +199,7 @@ impl<'a> Ends<'a> {
                 Neighbour::Local(direction) => {
                     self.ends[self.index(rank, pass, Chunk { direction, ..chunk })]?
                 }
-                Neighbour::Rank(peer) => {
-                    self.ends[self.index(peer, pass, chunk)]? + costs.communication
-                }
+                Neighbour::Rank(peer) => self.ends[self.index(peer, pass, chunk)]? + communication,
             };
             ready = f64::max(ready, input);
         }
@@ -238,6 +248,27 @@ mod tests {
             (simulation.makespan, simulation.bubble),
             (10.0, vec![4.0; 2])
         );
+    }
+
+    /// By hand: rank 1 takes three times as long as rank 0, so that rank 0 waits for it.
+    ///
+    /// ```text
+    /// rank 0  FF........BB.......BB
+    /// rank 1  .FFFBBBBBBFFFBBBBBB..
+    /// ```
+    #[test]
+    fn ranks_may_take_different_times() {
+        let timeline = Schedule::OneFOneB.timeline(2, 2).unwrap();
+        let cost = |rank, action| Costs::UNIT.of(action) * [1.0, 3.0][rank];
+        let simulation = simulate_uneven(&timeline, 0.0, cost).unwrap();
+        let starts = |rank: usize| -> Vec<f64> {
+            let spans = simulation.spans[rank].iter();
+            spans.map(|span| span.start).collect()
+        };
+        assert_eq!(starts(0), [0.0, 1.0, 10.0, 19.0]);
+        assert_eq!(starts(1), [1.0, 4.0, 10.0, 13.0]);
+        assert_eq!(simulation.makespan, 21.0);
+        assert_eq!(simulation.bubble, [15.0, 3.0]);
     }
 
     #[test]

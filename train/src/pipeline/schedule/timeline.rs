@@ -1,7 +1,7 @@
 //! A schedule for given sizes: what each rank does, in order.
 
 use super::{
-    action::{Action, Transfer},
+    action::{Action, Direction, Transfer},
     placement::Placement,
 };
 
@@ -45,21 +45,29 @@ impl Timeline {
     /// The unit is what one stage keeps of one micro-batch. It is kept from the start of F to the end of B, or where
     /// B is split to the end of W. In an overlapped pair the forward pass's is added before the other's is dropped.
     pub fn peak_activations(&self) -> Vec<usize> {
-        let peak = |rank: &RankSteps| {
-            let (mut kept, mut peak) = (0usize, 0);
-            for part in rank.steps.iter().flat_map(|step| step.action.parts()) {
+        // Counts are exact in floating point.
+        let peaks = self.peak_kept(|_, _| 1.0).into_iter();
+        peaks.map(|peak| peak as usize).collect()
+    }
+
+    /// The same where `kept` is what a rank's stage for a direction keeps of one micro-batch, in any unit.
+    pub fn peak_kept(&self, kept: impl Fn(usize, Direction) -> f64) -> Vec<f64> {
+        let peak = |(rank, steps): (usize, &RankSteps)| {
+            let (mut now, mut peak) = (0.0, 0.0);
+            for part in steps.steps.iter().flat_map(|step| step.action.parts()) {
+                let size = kept(rank, part.chunk().direction);
                 match part {
-                    Action::Forward(_) => kept += 1,
+                    Action::Forward(_) => now += size,
                     Action::Backward(_) | Action::BackwardWeight(_) => {
-                        kept = kept.saturating_sub(1);
+                        now = f64::max(now - size, 0.0);
                     }
                     Action::BackwardInput(_) | Action::Overlapped { .. } => (),
                 }
-                peak = peak.max(kept);
+                peak = f64::max(peak, now);
             }
             peak
         };
-        self.ranks.iter().map(peak).collect()
+        self.ranks.iter().enumerate().map(peak).collect()
     }
 
     /// The short names of what each rank does.
