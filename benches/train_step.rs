@@ -10,7 +10,8 @@ use burn::{
     optim::{GradientsParams, ModuleOptimizer},
     tensor::{Device, Int, Tensor, TensorData},
 };
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use deepburn_kernels::compact::CompactFormat;
 use deepburn_model::{
     checkpoint::hf_config, config::ModelConfig, loss::BalanceReading, parameters,
     transformer::Transformer,
@@ -45,12 +46,22 @@ struct Args {
     /// Batches to decode; 0 is none
     #[arg(long, value_delimiter = ',', default_value = "1,8")]
     batches: Vec<usize>,
+    /// How weights are held for decoding
+    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    weights: Weights,
     /// Other values for keys of the model's configuration
     #[arg(long = "set", value_name = "KEY=NUMBER")]
     changes: Vec<String>,
     /// As cargo passes it
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Weights {
+    F32,
+    Bf16,
+    Fp8,
 }
 
 fn main() {
@@ -71,6 +82,15 @@ fn main() {
         if args.steps > 0 {
             training(&config, &args, &device);
         }
+        let format = match args.weights {
+            Weights::F32 => None,
+            Weights::Bf16 => Some(CompactFormat::Bf16),
+            Weights::Fp8 => Some(CompactFormat::Fp8),
+        };
+        let model = match format {
+            None => model,
+            Some(format) => model.hold(format).expect("single precision on the CPU"),
+        };
         for &batch in args.batches.iter().filter(|&&batch| batch > 0) {
             decoding(&config, &model, batch, args.context, &device);
         }

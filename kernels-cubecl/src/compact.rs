@@ -10,15 +10,15 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor, TensorData, bf16};
 
 use crate::{
+    few_rows::{Weights, add_few_rows},
     flex::is_native_f32,
     fp8::{
         ScaleFormat, TILE, Tile,
         tiles::{quantize, scales},
     },
     gemm::{Into, Matrix, multiply},
-    parts::by_sizes,
+    parts::{Panel, by_panels},
     permute::Permutation,
-    vector::vectorized,
 };
 
 /// How weights are held.
@@ -194,56 +194,56 @@ impl CompactMatrices {
             .as_slice::<f32>()
             .expect("activations in single precision");
 
-        let mut tasks = Vec::new();
+        let (mut panels, mut matrices) = (Vec::new(), Vec::new());
         let mut first = 0;
         for (matrix, &count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
-            let panels = 0..columns.div_ceil(TILE);
-            tasks.extend(panels.map(|panel| Task {
-                matrix,
-                panel,
-                first,
-                count,
-                width: TILE.min(columns - panel * TILE),
-            }));
+            for start in (0..columns).step_by(TILE) {
+                panels.push(Panel {
+                    rows: first..first + count,
+                    columns: start..columns.min(start + TILE),
+                });
+                matrices.push(matrix);
+            }
             first += count;
         }
         assert!(first <= rows, "segments of {first} rows in {rows}");
-        let sizes: Vec<usize> = tasks.iter().map(|task| task.count * task.width).collect();
-        let by_task = by_sizes(&sizes, |at, out: &mut [f32]| {
-            let task = &tasks[at];
-            let x = &x[task.first * inner..][..task.count * inner];
-            self.multiply_panel(task, x, out);
+        let out = by_panels([rows, columns], &panels, |at, out: &mut [f32]| {
+            let panel = &panels[at];
+            let x = &x[panel.rows.start * inner..panel.rows.end * inner];
+            self.multiply_panel([matrices[at], panel.columns.start / TILE], x, out);
         });
-
-        // From panels side by side to whole rows.
-        let mut out = vec![0f32; rows * columns];
-        let mut rest = &by_task[..];
-        for (task, size) in tasks.iter().zip(sizes) {
-            let (panel, others) = rest.split_at(size);
-            let rows = out[task.first * columns..].chunks_mut(columns);
-            for (row, panel) in rows.zip(panel.chunks_exact(task.width)) {
-                row[task.panel * TILE..][..task.width].copy_from_slice(panel);
-            }
-            rest = others;
-        }
         Tensor::from_data(TensorData::new(out, [rows, columns]), (&device, DType::F32))
     }
 
-    fn multiply_panel(&self, task: &Task, x: &[f32], out: &mut [f32]) {
+    fn multiply_panel(&self, [matrix, panel]: [usize; 2], x: &[f32], out: &mut [f32]) {
         /// Rows from which on it pays to widen a panel before it is multiplied.
         const MANY: usize = 24;
         let [_, inner, _] = self.shape;
-        if task.count >= MANY {
-            let panel = self.panel(task.matrix, task.panel);
-            let x = Matrix::of(x, task.count, inner);
-            return multiply(x, Matrix::of(&panel, inner, task.width), out, Into::Replace);
+        let rows = x.len() / inner;
+        if rows >= MANY {
+            let numbers = self.panel(matrix, panel);
+            let numbers = Matrix::of(&numbers, inner, out.len() / rows);
+            return multiply(Matrix::of(x, rows, inner), numbers, out, Into::Replace);
         }
-        let at = self.range(task.matrix, task.panel);
+        let at = self.range(matrix, panel);
+        let width = out.len() / rows;
         match &self.storage {
-            Storage::Bf16(numbers) => by_rows(&numbers[at], widen_bf16, |_| 1.0, x, out, task),
+            Storage::Bf16(numbers) => {
+                let weights = rows_of(&numbers[at], width);
+                add_few_rows(Matrix::of(x, rows, inner), weights, widen_bf16, out);
+            }
             Storage::Fp8 { codes, .. } => {
-                let scale = |tile| self.scale(task.matrix, tile, task.panel);
-                by_rows(&codes[at], widen_e4m3, scale, x, out, task);
+                let mut sums = vec![0f32; out.len()];
+                for (tile, codes) in codes[at].chunks(TILE * width).enumerate() {
+                    let x = &x[tile * TILE..];
+                    let x = Matrix::strided(x, rows, codes.len() / width, inner);
+                    sums.fill(0.0);
+                    add_few_rows(x, rows_of(codes, width), widen_e4m3, &mut sums);
+                    let scale = self.scale(matrix, tile, panel);
+                    for (out, sum) in out.iter_mut().zip(&sums) {
+                        *out += sum * scale;
+                    }
+                }
             }
         }
     }
@@ -282,14 +282,12 @@ impl CompactMatrices {
     }
 }
 
-/// Some columns of the result for the rows of one matrix.
-struct Task {
-    matrix: usize,
-    panel: usize,
-    /// First row, and how many.
-    first: usize,
-    count: usize,
-    width: usize,
+fn rows_of<S>(elements: &[S], width: usize) -> Weights<'_, S> {
+    Weights {
+        elements,
+        stride: width,
+        width,
+    }
 }
 
 /// Row-major matrices in panels of [`TILE`] columns.
@@ -316,101 +314,6 @@ fn widen_e4m3(code: u8) -> f32 {
     const SHIFT: f32 = f32::from_bits((127 + 120) << 23);
     let (sign, magnitude) = (u32::from(code & 0x80), u32::from(code & 0x7f));
     f32::from_bits(sign << 24 | magnitude << 20) * SHIFT
-}
-
-/// A few rows times a panel, as many at a time as share the widened numbers.
-fn by_rows<S: Copy>(
-    weights: &[S],
-    widen: impl Fn(S) -> f32 + Copy,
-    scale: impl Fn(usize) -> f32 + Copy,
-    x: &[f32],
-    out: &mut [f32],
-    task: &Task,
-) {
-    let inner = x.len() / task.count;
-    let panel = Panel {
-        weights,
-        widen,
-        scale,
-        inner,
-        width: task.width,
-    };
-    let (mut x, mut out) = (x, out);
-    while !out.is_empty() {
-        let rows = out.len() / task.width;
-        let taken = match rows {
-            1 => 1,
-            2 | 3 => 2,
-            4..8 => 4,
-            _ => 8,
-        };
-        let (these, others) = std::mem::take(&mut out).split_at_mut(taken * task.width);
-        match taken {
-            1 => panel.multiply::<1>(x, these),
-            2 => panel.multiply::<2>(x, these),
-            4 => panel.multiply::<4>(x, these),
-            _ => panel.multiply::<8>(x, these),
-        }
-        (x, out) = (&x[taken * inner..], others);
-    }
-}
-
-struct Panel<'a, S, W, F> {
-    weights: &'a [S], // [inner, width]
-    widen: W,
-    /// Of a tile of 128 rows.
-    scale: F,
-    inner: usize,
-    width: usize,
-}
-
-impl<S: Copy, W: Fn(S) -> f32 + Copy, F: Fn(usize) -> f32 + Copy> Panel<'_, S, W, F> {
-    /// `R` rows of `x` times the panel: sums over each 128 elements, scaled and added up.
-    fn multiply<const R: usize>(&self, x: &[f32], out: &mut [f32]) {
-        /// Rows of weights that are added at a time.
-        const DEPTH: usize = 4;
-        let width = self.width;
-        let x: [&[f32]; R] = std::array::from_fn(|row| &x[row * self.inner..][..self.inner]);
-        vectorized(|| {
-            for (tile, weights) in self.weights.chunks(TILE * width).enumerate() {
-                let mut sums = [[0f32; TILE]; R];
-                let first = tile * TILE;
-                let groups = weights.chunks_exact(DEPTH * width);
-                let rest = groups.remainder();
-                let whole = first + groups.len() * DEPTH;
-                for (group, weights) in groups.enumerate() {
-                    let k = first + group * DEPTH;
-                    let (upper, lower) = weights.split_at(2 * width);
-                    let ((a, b), (c, d)) = (upper.split_at(width), lower.split_at(width));
-                    let x: [[f32; DEPTH]; R] =
-                        std::array::from_fn(|row| std::array::from_fn(|at| x[row][k + at]));
-                    let four = a.iter().zip(b).zip(c.iter().zip(d)).enumerate().take(TILE);
-                    for (column, ((&a, &b), (&c, &d))) in four {
-                        let w = [a, b, c, d].map(self.widen);
-                        for row in 0..R {
-                            let x = x[row];
-                            sums[row][column] +=
-                                (x[0] * w[0] + x[1] * w[1]) + (x[2] * w[2] + x[3] * w[3]);
-                        }
-                    }
-                }
-                for (k, weights) in rest.chunks_exact(width).enumerate() {
-                    for (column, &w) in weights.iter().enumerate().take(TILE) {
-                        let w = (self.widen)(w);
-                        for row in 0..R {
-                            sums[row][column] += x[row][whole + k] * w;
-                        }
-                    }
-                }
-                let scale = (self.scale)(tile);
-                for (out, sums) in out.chunks_exact_mut(width).zip(&sums) {
-                    for (out, sum) in out.iter_mut().zip(sums) {
-                        *out += sum * scale;
-                    }
-                }
-            }
-        });
-    }
 }
 
 #[cfg(test)]

@@ -133,15 +133,28 @@ mod tests {
     #[test]
     fn native_agrees_with_reference() {
         let device = Device::flex().autodiff();
-        // One row, few columns, and enough of all that threads share the work.
-        for [m, k, n] in [[1, 5, 3], [7, 1, 1], [300, 70, 129], [2, 600, 900]] {
+        // One row, few rows and columns, and enough of all that threads share the work; weights as they are, and a view,
+        // as those of a tied output head are.
+        let sizes = [
+            [1, 5, 3],
+            [7, 1, 1],
+            [300, 70, 129],
+            [2, 600, 900],
+            [12, 130, 520],
+            [15, 3, 40],
+        ];
+        for ([m, k, n], tied) in sizes
+            .into_iter()
+            .flat_map(|sizes| [(sizes, false), (sizes, true)])
+        {
             let random = |shape: [usize; 2]| {
                 Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad()
             };
-            let (x, weight, mask) = (random([m, k]), random([n, k]), random([m, n]).detach());
+            let stored = if tied { [n, k] } else { [k, n] };
+            let (x, weight, mask) = (random([m, k]), random(stored), random([m, n]).detach());
             let run = |multiply: fn(Tensor<2>, Tensor<2>) -> Tensor<2>| {
-                // A view, as the weights of a tied output head are.
-                let y = multiply(x.clone(), weight.clone().transpose());
+                let view = weight.clone();
+                let y = multiply(x.clone(), if tied { view.transpose() } else { view });
                 let grads = (y.clone() * mask.clone()).sum().backward();
                 let grads = [&x, &weight].map(|of| of.grad(&grads).expect("reached").into_data());
                 (y.into_data(), grads)

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "memory is used before all of it is initialised")]
 
-use std::mem::MaybeUninit;
+use std::{mem::MaybeUninit, ops::Range};
 
 use rayon::prelude::*;
 
@@ -75,6 +75,40 @@ pub(crate) fn by_sizes<T: Scalar>(
     out
 }
 
+/// Some rows and columns of a matrix.
+pub(crate) struct Panel {
+    pub(crate) rows: Range<usize>,
+    pub(crate) columns: Range<usize>,
+}
+
+/// A row-major matrix of panels, each filled by itself as in [`by_parts`]; zero where none is. Those of the same rows
+/// follow each other from left to right.
+pub(crate) fn by_panels<T: Scalar>(
+    [rows, columns]: [usize; 2],
+    panels: &[Panel],
+    fill: impl Fn(usize, &mut [T]) + Sync,
+) -> Vec<T> {
+    let sizes = panels
+        .iter()
+        .map(|panel| panel.rows.len() * panel.columns.len());
+    let sizes: Vec<usize> = sizes.collect();
+    let filled = by_sizes(&sizes, fill);
+    if rows == 1 && filled.len() == columns {
+        return filled;
+    }
+    let mut out = vec![T::ZERO; rows * columns];
+    let mut rest = &filled[..];
+    for (panel, size) in panels.iter().zip(sizes) {
+        let (elements, others) = rest.split_at(size);
+        let rows = out[panel.rows.start * columns..].chunks_mut(columns);
+        for (row, elements) in rows.zip(elements.chunks_exact(panel.columns.len())) {
+            row[panel.columns.clone()].copy_from_slice(elements);
+        }
+        rest = others;
+    }
+    out
+}
+
 fn fresh<T>(out: &mut Vec<T>, length: usize) -> &mut [MaybeUninit<T>] {
     &mut out.spare_capacity_mut()[..length]
 }
@@ -106,5 +140,27 @@ mod tests {
         assert_eq!(out, [0.0, 0.0, 2.0]);
         let (out, _) = by_parts(0, 0, |_, _: &mut [f32]| ());
         assert!(out.is_empty());
+    }
+
+    #[test]
+    fn panels_become_rows() {
+        let panel = |rows, columns| Panel { rows, columns };
+        let panels = [panel(0..2, 0..2), panel(0..2, 2..3), panel(3..4, 1..3)];
+        let out = by_panels([4, 3], &panels, |at, out: &mut [f32]| {
+            for (element, out) in out.iter_mut().enumerate() {
+                *out = (10 * at + element + 1) as f32;
+            }
+        });
+        let rows = [
+            [1.0, 2.0, 11.0],
+            [3.0, 4.0, 12.0],
+            [0.0; 3],
+            [0.0, 21.0, 22.0],
+        ];
+        assert_eq!(out, rows.concat());
+        let row = by_panels([1, 3], &[panel(0..1, 0..3)], |_, out: &mut [f32]| {
+            out.fill(7.0)
+        });
+        assert_eq!(row, [7.0; 3]);
     }
 }
