@@ -6,7 +6,7 @@ use burn::{
 };
 use deepburn_kernels::{
     bf16::{rounded, rounded_weight},
-    fp8::{self, ScaleFormat},
+    fp8::{self, ScaleFormat, ablation::Ablation},
     linear::linear,
 };
 
@@ -22,6 +22,8 @@ pub struct Arithmetic {
     /// Activations between the layers' parts and their gradients are rounded to BF16, and so are weights that are not
     /// quantised; sums, norms, softmax, router and loss are in single precision. Tensors keep their type.
     pub bf16: bool,
+    /// What FP8 does worse, for an experiment.
+    pub ablation: Option<Ablation>,
 }
 
 impl Arithmetic {
@@ -29,13 +31,14 @@ impl Arithmetic {
     pub const FULL: Self = Self {
         fp8: None,
         bf16: false,
+        ablation: None,
     };
 
     /// Products in FP8 and nothing else: what a checkpoint in FP8 means.
     pub fn fp8(format: ScaleFormat) -> Self {
         Self {
             fp8: Some(format),
-            bf16: false,
+            ..Self::FULL
         }
     }
 
@@ -56,15 +59,12 @@ impl Arithmetic {
     /// For inputs that training keeps or sends in FP8: those of `o_proj` and of the routed experts have scales that are
     /// powers of two (section 3.3.3).
     pub(crate) fn of_kept_inputs(self) -> Self {
-        match self {
-            Self {
-                fp8: Some(_),
-                bf16: true,
-            } => Self {
+        match self.fp8 {
+            Some(_) if self.bf16 => Self {
                 fp8: Some(ScaleFormat::PowerOfTwo),
-                bf16: true,
+                ..self
             },
-            other => other,
+            _ => self,
         }
     }
 
@@ -103,9 +103,10 @@ impl Projection {
         let mut shape = x.dims();
         let arithmetic = self.arithmetic;
         let rows = arithmetic.activation(x.reshape([-1, inputs as i32]));
-        let rows = match arithmetic.fp8 {
-            None => linear(rows, arithmetic.weight(weight)),
-            Some(format) => fp8::linear(rows, weight, format),
+        let rows = match (arithmetic.fp8, arithmetic.ablation) {
+            (None, _) => linear(rows, arithmetic.weight(weight)),
+            (Some(format), None) => fp8::linear(rows, weight, format),
+            (Some(format), Some(worse)) => fp8::ablation::linear(rows, weight, format, worse),
         };
         shape[N - 1] = outputs;
         arithmetic.activation(rows).reshape(shape)
