@@ -324,6 +324,38 @@ fn lower_precisions_resume_bit_for_bit_with_smaller_moments() {
     );
 }
 
+/// Each ablation is another run than the recipe's, with the same weights to begin with, and stays what it is.
+#[test]
+fn ablations_change_the_run_and_are_kept_when_it_is_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, set: &[&str]| {
+        let directory = format!("run.directory={}/{name}", dir.path().display());
+        let set = [&["precision=fp8", "run.steps=3", &directory], set].concat();
+        let config = small_run(dir.path(), &set);
+        start(&config, false, Interrupter::new()).unwrap();
+        let Record::Train(report) = &lasting(&config.run.directory)[2] else {
+            panic!("a validation")
+        };
+        report.main
+    };
+    let recipe = run("recipe", &[]);
+    let mut losses = vec![recipe];
+    for ablation in ["per-tensor", "e5m2-weights", "no-promotion"] {
+        let loss = run(ablation, &[&format!("ablation.fp8={ablation}")]);
+        assert!(
+            (loss / recipe - 1.0).abs() < 1e-2,
+            "{ablation}: {loss} for {recipe}"
+        );
+        assert!(!losses.contains(&loss), "{ablation} changes nothing");
+        losses.push(loss);
+    }
+    let directory = format!("run.directory={}/per-tensor", dir.path().display());
+    let other = ["precision=fp8", "run.steps=4", &directory];
+    let error = start(&small_run(dir.path(), &other), true, Interrupter::new()).unwrap_err();
+    let expected = "ablation.fp8 was \"per-tensor\" and is now null";
+    assert!(error.to_string().contains(expected), "{error}");
+}
+
 mod quiet {
     //! A renderer that shows nothing.
 

@@ -7,7 +7,7 @@ use burn::{
 use deepburn_kernels::{
     bf16::{rounded, rounded_weight},
     compact::{CompactFormat, CompactMatrices, NotCompact},
-    fp8::{self, ScaleFormat},
+    fp8::{self, ScaleFormat, ablation::Ablation},
     linear::linear,
 };
 
@@ -23,6 +23,8 @@ pub struct Arithmetic {
     /// Activations between the layers' parts and their gradients are rounded to BF16, and so are weights that are not
     /// quantised; sums, norms, softmax, router and loss are in single precision. Tensors keep their type.
     pub bf16: bool,
+    /// What FP8 does worse, for an experiment.
+    pub ablation: Option<Ablation>,
 }
 
 impl Arithmetic {
@@ -30,13 +32,14 @@ impl Arithmetic {
     pub const FULL: Self = Self {
         fp8: None,
         bf16: false,
+        ablation: None,
     };
 
     /// Products in FP8 and nothing else: what a checkpoint in FP8 means.
     pub fn fp8(format: ScaleFormat) -> Self {
         Self {
             fp8: Some(format),
-            bf16: false,
+            ..Self::FULL
         }
     }
 
@@ -57,15 +60,12 @@ impl Arithmetic {
     /// For inputs that training keeps or sends in FP8: those of `o_proj` and of the routed experts have scales that are
     /// powers of two (section 3.3.3).
     pub(crate) fn of_kept_inputs(self) -> Self {
-        match self {
-            Self {
-                fp8: Some(_),
-                bf16: true,
-            } => Self {
+        match self.fp8 {
+            Some(_) if self.bf16 => Self {
                 fp8: Some(ScaleFormat::PowerOfTwo),
-                bf16: true,
+                ..self
             },
-            other => other,
+            _ => self,
         }
     }
 
@@ -111,10 +111,14 @@ impl Projection {
         let mut shape = x.dims();
         let arithmetic = self.arithmetic;
         let rows = arithmetic.activation(x.reshape([-1, shape[N - 1] as i32]));
-        let rows = match (&self.held, arithmetic.fp8) {
-            (Some(held), _) => held.linear(rows),
-            (None, None) => linear(rows, arithmetic.weight(self.weight.val())),
-            (None, Some(format)) => fp8::linear(rows, self.weight.val(), format),
+        let weight = || self.weight.val();
+        let rows = match (&self.held, arithmetic.fp8, arithmetic.ablation) {
+            (Some(held), ..) => held.linear(rows),
+            (None, None, _) => linear(rows, arithmetic.weight(weight())),
+            (None, Some(format), None) => fp8::linear(rows, weight(), format),
+            (None, Some(format), Some(worse)) => {
+                fp8::ablation::linear(rows, weight(), format, worse)
+            }
         };
         shape[N - 1] = rows.dims()[1];
         arithmetic.activation(rows).reshape(shape)

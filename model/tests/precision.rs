@@ -34,12 +34,12 @@ fn activations_are_of_bf16_and_the_weights_gradients_are_not() {
     for arithmetic in [
         Arithmetic::FULL,
         Arithmetic {
-            fp8: None,
             bf16: true,
+            ..Arithmetic::FULL
         },
         Arithmetic {
-            fp8: Some(ScaleFormat::Float32),
             bf16: true,
+            ..Arithmetic::fp8(ScaleFormat::Float32)
         },
     ] {
         let model = model(arithmetic);

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use deepburn_model::loss::BalanceReading;
+use deepburn_model::{loss::BalanceReading, projection::Arithmetic};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::json;
 
 use crate::{
     data::{DataConfig, DataError},
-    precision::Precision,
+    precision::{Fp8Ablation, Precision},
     schedule::{LearningRate, Switch},
 };
 
@@ -60,6 +61,9 @@ pub struct TrainConfig {
     /// What is computed and kept in which type.
     #[serde(default)]
     pub precision: Precision,
+    /// What is done worse than it can be, for an experiment.
+    #[serde(default, skip_serializing_if = "AblationConfig::is_none")]
+    pub ablation: AblationConfig,
     /// Where results go, and how long training takes.
     pub run: RunConfig,
     /// What is trained.
@@ -82,6 +86,20 @@ pub struct TrainConfig {
     /// When and how many checkpoints are kept.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
+}
+
+/// `[ablation]`: experiments that show what a part of the recipe is good for, by leaving it out.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AblationConfig {
+    /// Of `precision = "fp8"`, on the CPU.
+    pub fp8: Option<Fp8Ablation>,
+}
+
+impl AblationConfig {
+    fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// `[run]`
@@ -274,6 +292,12 @@ impl TrainConfig {
                 return Err(ConfigError::rule(key, value, "must be positive"));
             }
         }
+        if let (Some(ablation), Precision::Fp32 | Precision::Bf16) =
+            (self.ablation.fp8, self.precision)
+        {
+            let rule = "is an experiment with precision = \"fp8\"";
+            return Err(ConfigError::rule("ablation.fp8", json!(ablation), rule));
+        }
         if self.batch.sequence_length < 2 {
             let rule = "must be at least 2";
             return Err(ConfigError::rule(
@@ -331,6 +355,14 @@ impl TrainConfig {
         }
         self.data.validate()?;
         Ok(self)
+    }
+
+    /// How the model computes.
+    pub fn arithmetic(&self) -> Arithmetic {
+        Arithmetic {
+            ablation: self.ablation.fp8.map(Into::into),
+            ..self.precision.arithmetic()
+        }
     }
 
     /// Tokens predicted per optimizer step.
@@ -502,6 +534,12 @@ mod tests {
             read(&["optimizer.beta2=1"]).unwrap_err(),
             "optimizer.beta2 = 1: must be at least 0, below 1"
         );
+        assert_eq!(
+            read(&["ablation.fp8=per-tensor"]).unwrap_err(),
+            "ablation.fp8 = \"per-tensor\": is an experiment with precision = \"fp8\""
+        );
+        let unknown = read(&["precision=fp8", "ablation.fp8=per-row"]).unwrap_err();
+        assert!(unknown.contains("unknown variant `per-row`"), "{unknown}");
         assert_eq!(
             read(&["schedule.decay_end=0.1"]).unwrap_err(),
             "schedule.decay_end = 0.1: must be decay_start to 1"

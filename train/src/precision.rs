@@ -1,7 +1,7 @@
 //! What is computed and kept in which type (report section 3.3, figures 6 and 7).
 
 use burn::tensor::DType;
-use deepburn_kernels::fp8::ScaleFormat;
+use deepburn_kernels::fp8::{ScaleFormat, ablation::Ablation};
 use deepburn_model::projection::Arithmetic;
 use serde::{Deserialize, Serialize};
 
@@ -40,12 +40,12 @@ impl Precision {
         match self {
             Self::Fp32 => Arithmetic::FULL,
             Self::Bf16 => Arithmetic {
-                fp8: None,
                 bf16: true,
+                ..Arithmetic::FULL
             },
             Self::Fp8 => Arithmetic {
-                fp8: Some(ScaleFormat::Float32),
                 bf16: true,
+                ..Arithmetic::fp8(ScaleFormat::Float32)
             },
         }
     }
@@ -64,6 +64,28 @@ impl Precision {
         match self {
             Self::Fp32 => DType::F32,
             Self::Bf16 | Self::Fp8 => DType::BF16,
+        }
+    }
+}
+
+/// [`Ablation`] as it is written.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fp8Ablation {
+    /// One scale for a whole matrix.
+    PerTensor,
+    /// Weights in E5M2.
+    E5m2Weights,
+    /// Sums of 14 bits.
+    NoPromotion,
+}
+
+impl From<Fp8Ablation> for Ablation {
+    fn from(ablation: Fp8Ablation) -> Self {
+        match ablation {
+            Fp8Ablation::PerTensor => Self::PerTensor,
+            Fp8Ablation::E5m2Weights => Self::E5m2Weights,
+            Fp8Ablation::NoPromotion => Self::NoPromotion,
         }
     }
 }

@@ -14,6 +14,7 @@ use burn::{
         logger::InMemoryMetricLogger, renderer::MetricsRenderer,
     },
 };
+use deepburn_kernels::fp8::ablation;
 use deepburn_model::{
     checkpoint::{self, CheckpointError},
     config::{ConfigError as ShapeError, ModelConfig},
@@ -79,6 +80,12 @@ pub enum TrainError {
     Exists {
         /// The run's folder.
         path: PathBuf,
+    },
+    /// An experiment that this device does not compute.
+    #[error("ablation.fp8: is computed on the CPU alone, the device is {device}")]
+    AblationDevice {
+        /// The device.
+        device: String,
     },
     /// The loss is NaN or infinite: the step is not taken.
     #[error("step {step}: the loss is {loss}; training stopped before the optimizer step")]
@@ -148,6 +155,10 @@ pub fn run(
     options: RunOptions,
 ) -> Result<RunSummary, TrainError> {
     let shape = shape_for(config, &data)?;
+    if config.ablation.fp8.is_some() && !ablation::is_supported(&options.device) {
+        let device = format!("{:?}", options.device);
+        return Err(TrainError::AblationDevice { device });
+    }
     let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
     let (model, done, record) = match (options.resume, checkpoints.latest()) {
         (false, Some(_)) => {
@@ -183,7 +194,7 @@ pub fn run(
         source,
     })?;
     let exchange = Exchange::new(settings(config, done));
-    let model = model.with_arithmetic(config.precision.arithmetic());
+    let model = model.with_arithmetic(config.arithmetic());
     let trainee = Trainee::new(model, exchange.clone()).train();
     let rate = ReportSchedule::new(config.schedule.clone(), config.run.steps, done);
     let mut learner = Learner::new(trainee, adamw(&config.optimizer, config.precision), rate);

@@ -23,7 +23,7 @@ use serde_json::json;
 use crate::{
     config::{BatchConfig, TrainConfig},
     data::Cursor,
-    precision::Precision,
+    precision::{Fp8Ablation, Precision},
 };
 
 /// Changes whenever `training/` is read differently.
@@ -102,6 +102,9 @@ pub struct RunState {
     /// What was computed and kept in which type.
     #[serde(default)]
     pub precision: Precision,
+    /// What was done worse, for an experiment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ablation: Option<Fp8Ablation>,
 }
 
 impl RunState {
@@ -120,6 +123,7 @@ impl RunState {
             train_tokens: data.report.train.tokens,
             batch: config.batch,
             precision: config.precision,
+            ablation: config.ablation.fp8,
         }
     }
 }
@@ -326,6 +330,11 @@ pub fn check_unchanged(
         "precision",
         format!("{:?}", found.precision).to_lowercase(),
         format!("{:?}", expected.precision).to_lowercase(),
+    )?;
+    differ(
+        "ablation.fp8",
+        json!(found.ablation).to_string(),
+        json!(expected.ablation).to_string(),
     )?;
     differ(
         "the tokenizer",

@@ -5,6 +5,7 @@
 //! [`linear`] is what a layer calls: single precision in and out, quantised inside, all three of its products in FP8.
 //! [`e4m3`] and [`tiles`] are the same numbers on slices, for files.
 
+pub mod ablation;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod cube;
 pub mod e4m3;

@@ -77,7 +77,7 @@ fn next_power_of_two(value: f32) -> f32 {
 /// The largest magnitude, NaN if there is one: bits without the sign are in the order of the magnitudes, and those of NaN
 /// above all.
 #[inline(always)]
-fn largest(values: &[f32]) -> f32 {
+pub(super) fn largest(values: &[f32]) -> f32 {
     let bits = values.iter().map(|value| value.to_bits() & 0x7fff_ffff);
     f32::from_bits(bits.fold(0, u32::max))
 }
@@ -127,7 +127,7 @@ pub fn dequantize(codes: &[u8], columns: usize, tile: Tile, scales: &[f32]) -> V
 }
 
 /// Applies `convert` to every element with the scale of its tile.
-fn by_tile<A, B>(
+pub(super) fn by_tile<A, B>(
     elements: &[A],
     columns: usize,
     tile: Tile,

@@ -90,9 +90,12 @@ impl Experts {
         let inputs = self.arithmetic.of_kept_inputs();
         let multiply = |arithmetic: Arithmetic, x, weights: &Param<Tensor<3>>| {
             let (x, weights) = (arithmetic.activation(x), weights.val());
-            let y = match arithmetic.fp8 {
-                None => grouped_matmul(x, arithmetic.weight(weights), order.rows.clone()),
-                Some(format) => fp8::grouped_linear(x, weights, order, format),
+            let y = match (arithmetic.fp8, arithmetic.ablation) {
+                (None, _) => grouped_matmul(x, arithmetic.weight(weights), order.rows.clone()),
+                (Some(format), None) => fp8::grouped_linear(x, weights, order, format),
+                (Some(format), Some(worse)) => {
+                    fp8::ablation::grouped_linear(x, weights, order, format, worse)
+                }
             };
             arithmetic.activation(y)
         };
