@@ -14,7 +14,7 @@ const LIBRARIES: [&str; 4] = [
 ];
 
 /// Modules that compute on plain data. A path that ends in `/` is a folder.
-const PURE: [&str; 10] = [
+const PURE: [&str; 11] = [
     "kernels-cubecl/src/fp8/e4m3.rs",
     "kernels-cubecl/src/fp8/tiles.rs",
     "model/src/checkpoint/hf_names.rs",
@@ -22,6 +22,7 @@ const PURE: [&str; 10] = [
     "train/src/balance.rs",
     "train/src/pipeline/schedule/",
     "train/src/schedule.rs",
+    "train/src/spike.rs",
     "train/src/data/",
     "infer/src/sampler.rs",
     "infer/src/text.rs",

@@ -324,6 +324,55 @@ fn lower_precisions_resume_bit_for_bit_with_smaller_moments() {
     );
 }
 
+/// A run that is resumed from its second checkpoint does what it had done without, and what it writes there is the same.
+fn repeats(config: &TrainConfig) -> Vec<Record> {
+    start(config, false, Interrupter::new()).unwrap();
+    let last = config.run.directory.join("checkpoints/step-00000012");
+    let state = last.join("training/state.json");
+    let left = |path: &Path| (lasting(&config.run.directory), std::fs::read(path).unwrap());
+    let expected = left(&state);
+    std::fs::remove_dir_all(last).unwrap();
+    start(config, true, Interrupter::new()).unwrap();
+    assert!(left(&state) == expected, "another run after it was resumed");
+    expected.0
+}
+
+#[test]
+fn spikes_are_counted_or_skipped_and_a_resumed_run_knows_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |action: &str| {
+        // So that every loss above the median is one.
+        let set = [
+            "optimizer.spike.window=8",
+            "optimizer.spike.deviations=1e-9",
+            "schedule.peak=0.1",
+            "schedule.warmup_steps=0",
+            &format!("optimizer.spike.action={action}"),
+            &format!("run.directory={}/{action}", dir.path().display()),
+        ];
+        repeats(&small_run(dir.path(), &set))
+    };
+    let reports = |action: &str| -> Vec<StepReport> {
+        let train = |record| match record {
+            Record::Train(report) => Some(report),
+            Record::Validation(_) => None,
+        };
+        run(action).into_iter().filter_map(train).collect()
+    };
+    let [off, warn, skip] = ["off", "warn", "skip"].map(reports);
+    let spikes = |reports: &[StepReport]| reports[11].spikes;
+    assert!(spikes(&off).is_none() && spikes(&warn) > Some(0) && spikes(&skip) > Some(0));
+    let losses = |reports: &[StepReport]| reports.iter().map(|r| r.loss).collect::<Vec<_>>();
+    assert_eq!(losses(&off), losses(&warn));
+    // What a spike leaves out is seen at the next step.
+    let first = warn
+        .iter()
+        .position(|report| report.spikes.is_some())
+        .unwrap();
+    assert_eq!(losses(&warn)[..=first], losses(&skip)[..=first]);
+    assert!(first < 11 && losses(&warn)[first + 1] != losses(&skip)[first + 1]);
+}
+
 /// Each ablation is another run than the recipe's, with the same weights to begin with, and stays what it is.
 #[test]
 fn ablations_change_the_run_and_are_kept_when_it_is_resumed() {

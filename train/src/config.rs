@@ -10,6 +10,7 @@ use crate::{
     data::{DataConfig, DataError},
     precision::{Fp8Ablation, Precision},
     schedule::{LearningRate, Switch},
+    spike::SpikeConfig,
 };
 
 /// Why a configuration cannot be used.
@@ -153,6 +154,8 @@ pub struct OptimizerConfig {
     pub clip_norm: f64,
     /// What happens at gradients that are not finite.
     pub non_finite: NonFinite,
+    /// What happens at a loss far above those before.
+    pub spike: SpikeConfig,
 }
 
 /// What happens to a step whose gradients are not finite. A loss that is not ends the run.
@@ -175,6 +178,7 @@ impl Default for OptimizerConfig {
             weight_decay: 0.1,
             clip_norm: 1.0,
             non_finite: NonFinite::Halt,
+            spike: SpikeConfig::default(),
         }
     }
 }
@@ -366,6 +370,10 @@ impl TrainConfig {
                 return Err(ConfigError::rule(key, value, "must be a positive number"));
             }
         }
+        if let Some((key, value, rule)) = optimizer.spike.problem() {
+            let key = format!("optimizer.spike.{key}");
+            return Err(ConfigError::rule(&key, value, rule));
+        }
         if let Some((key, value, rule)) = self.schedule.problem() {
             return Err(ConfigError::rule(&format!("schedule.{key}"), value, rule));
         }
@@ -533,6 +541,10 @@ mod tests {
         assert_eq!(
             read(&["ablation.fp8=per-tensor"]).unwrap_err(),
             "ablation.fp8 = \"per-tensor\": is an experiment with precision = \"fp8\""
+        );
+        assert_eq!(
+            read(&["optimizer.spike.window=7"]).unwrap_err(),
+            "optimizer.spike.window = 7: must be at least 8"
         );
         let unknown = read(&["precision=fp8", "ablation.fp8=per-row"]).unwrap_err();
         assert!(unknown.contains("unknown variant `per-row`"), "{unknown}");

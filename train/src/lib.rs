@@ -12,6 +12,7 @@ pub mod precision;
 pub mod report;
 pub mod run;
 pub mod schedule;
+pub mod spike;
 pub mod state;
 pub mod step;
 mod strategy;

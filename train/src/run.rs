@@ -160,7 +160,7 @@ pub fn run(
         return Err(TrainError::AblationDevice { device });
     }
     let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
-    let (model, done, record) = match (options.resume, checkpoints.latest()) {
+    let (model, state, record) = match (options.resume, checkpoints.latest()) {
         (false, Some(_)) => {
             return Err(TrainError::Exists {
                 path: config.run.directory.clone(),
@@ -168,7 +168,8 @@ pub fn run(
         }
         (false, None) => {
             let model = Transformer::new(&shape, config.run.seed, &options.device);
-            (model, 0, None)
+            let state = RunState::new(0, config, &data);
+            (model, state, None)
         }
         (true, None) => {
             return Err(StateError::None {
@@ -184,9 +185,10 @@ pub fn run(
                 let what = "config.json differs from model.config with this tokenizer".into();
                 return Err(StateError::State { path, what }.into());
             }
-            (model, state.step, Some(record))
+            (model, state, Some(record))
         }
     };
+    let done = state.step;
 
     let folder = &config.run.directory;
     std::fs::create_dir_all(folder).map_err(|source| CheckpointError::Io {
@@ -213,6 +215,7 @@ pub fn run(
         data,
         exchange,
         done,
+        history: state.history,
         outcome: outcome.clone(),
     };
     let stretches = config.run.steps.div_ceil(config.validation.interval) as usize;

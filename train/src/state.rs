@@ -24,6 +24,7 @@ use crate::{
     config::{BatchConfig, TrainConfig},
     data::Cursor,
     precision::{Fp8Ablation, Precision},
+    spike::SpikeWatch,
 };
 
 /// Changes whenever `training/` is read differently.
@@ -105,6 +106,19 @@ pub struct RunState {
     /// What was done worse, for an experiment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ablation: Option<Fp8Ablation>,
+    /// What happened on the way.
+    #[serde(default)]
+    pub history: History,
+}
+
+/// What happened to a run that its next steps depend on, or go on counting.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct History {
+    /// Losses, as far as the next one is compared with them.
+    pub spikes: SpikeWatch,
+    /// Optimizer steps left out because gradients were not finite.
+    pub skipped_steps: u64,
 }
 
 impl RunState {
@@ -124,6 +138,7 @@ impl RunState {
             batch: config.batch,
             precision: config.precision,
             ablation: config.ablation.fp8,
+            history: History::default(),
         }
     }
 }
