@@ -4,15 +4,19 @@ mod support;
 
 use std::path::Path;
 
-use burn::{tensor::Device, train::Interrupter};
-use deepburn_model::{checkpoint, layer::FeedForward};
+use burn::{
+    module::{Module, ModuleVisitor, Param},
+    tensor::{Device, Tensor},
+    train::Interrupter,
+};
+use deepburn_model::{checkpoint, layer::FeedForward, transformer::Transformer};
 use deepburn_train::{
     config::TrainConfig,
     data::prepare,
     metrics::{self, Record},
     report::StepReport,
     run::{RunOptions, RunSummary, TrainError, run},
-    state::StateError,
+    state::{AVERAGE, StateError},
 };
 use support::fixture;
 
@@ -371,6 +375,80 @@ fn spikes_are_counted_or_skipped_and_a_resumed_run_knows_of_them() {
         .unwrap();
     assert_eq!(losses(&warn)[..=first], losses(&skip)[..=first]);
     assert!(first < 11 && losses(&warn)[first + 1] != losses(&skip)[first + 1]);
+}
+
+#[test]
+fn the_average_of_the_weights_is_kept_resumed_and_written_on_demand() {
+    let dir = tempfile::tempdir().unwrap();
+    let often = [
+        "ema.decay=0.75",
+        "checkpoint.interval=1",
+        "checkpoint.keep=12",
+    ];
+    let config = small_run(dir.path(), &often);
+    start(&config, false, Interrupter::new()).unwrap();
+    let checkpoints = config.run.directory.join("checkpoints");
+    let step = |step: usize| checkpoints.join(format!("step-{step:08}"));
+    let weights = |dir: &Path| {
+        let (_, model) = checkpoint::load(dir, &Device::flex()).unwrap();
+        parameters(&model)
+    };
+
+    let shape = checkpoint::read_config(&step(1)).unwrap();
+    let mut expected = parameters(&Transformer::new(&shape, config.run.seed, &Device::flex()));
+    for at in 1..=12 {
+        for (average, weight) in expected.iter_mut().zip(weights(&step(at))) {
+            *average = *average * 0.75 + weight * 0.25;
+        }
+        assert!(weights(&step(at).join(AVERAGE)) == expected, "step {at}");
+    }
+    std::fs::remove_dir_all(step(12)).unwrap();
+    start(&config, true, Interrupter::new()).unwrap();
+    assert!(weights(&step(12).join(AVERAGE)) == expected);
+
+    let written = dir.path().join("average");
+    let convert = |run: &Path| {
+        std::process::Command::new(env!("CARGO_BIN_EXE_deepburn"))
+            .args(["convert", "--ema", "--dtype", "f32"])
+            .args([run, &written])
+            .output()
+            .unwrap()
+    };
+    let output = convert(&config.run.directory);
+    assert!(output.status.success(), "{output:?}");
+    assert!(weights(&written) == expected);
+    assert!(written.join("tokenizer.json").exists());
+
+    // Not that of another run, nor one that is not there.
+    let other = small_run(dir.path(), &["ema.decay=0.5", "run.steps=13"]);
+    let error = start(&other, true, Interrupter::new()).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("ema.decay was 0.75 and is now 0.5"),
+        "{error}"
+    );
+    std::fs::remove_dir_all(&written).unwrap();
+    std::fs::remove_dir_all(step(12).join(AVERAGE)).unwrap();
+    let output = convert(&config.run.directory);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        !output.status.success() && error.contains("ema.decay"),
+        "{error}"
+    );
+}
+
+/// All parameters, one after another.
+fn parameters(model: &Transformer) -> Vec<f32> {
+    struct Values(Vec<f32>);
+    impl ModuleVisitor for Values {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.extend(param.val().into_data().iter::<f32>());
+        }
+    }
+    let mut values = Values(Vec::new());
+    model.visit(&mut values);
+    values.0
 }
 
 /// Each ablation is another run than the recipe's, with the same weights to begin with, and stays what it is.

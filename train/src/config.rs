@@ -81,6 +81,9 @@ pub struct TrainConfig {
     /// Weights of the losses, and balancing.
     #[serde(default)]
     pub loss: LossConfig,
+    /// The average of the weights, if one is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaConfig>,
     /// When the held-out text is looked at.
     #[serde(default)]
     pub validation: ValidationConfig,
@@ -181,6 +184,14 @@ impl Default for OptimizerConfig {
             spike: SpikeConfig::default(),
         }
     }
+}
+
+/// `[ema]`: an exponential moving average of the weights on the CPU (report section 3.2.3).
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmaConfig {
+    /// What is left of the average at each step.
+    pub decay: f64,
 }
 
 /// `[loss]` (report sections 2.1.2, 2.2 and 4.2).
@@ -374,6 +385,12 @@ impl TrainConfig {
             let key = format!("optimizer.spike.{key}");
             return Err(ConfigError::rule(&key, value, rule));
         }
+        if let Some(EmaConfig { decay }) = self.ema
+            && !(decay > 0.0 && decay < 1.0)
+        {
+            let rule = "must be above 0, below 1";
+            return Err(ConfigError::rule("ema.decay", decay, rule));
+        }
         if let Some((key, value, rule)) = self.schedule.problem() {
             return Err(ConfigError::rule(&format!("schedule.{key}"), value, rule));
         }
@@ -541,6 +558,10 @@ mod tests {
         assert_eq!(
             read(&["ablation.fp8=per-tensor"]).unwrap_err(),
             "ablation.fp8 = \"per-tensor\": is an experiment with precision = \"fp8\""
+        );
+        assert_eq!(
+            read(&["ema.decay=1"]).unwrap_err(),
+            "ema.decay = 1: must be above 0, below 1"
         );
         assert_eq!(
             read(&["optimizer.spike.window=7"]).unwrap_err(),

@@ -1,5 +1,6 @@
 //! Training for Deepburn: data, optimizer, schedules, load balancing and checkpoints on Burn's Learner.
 
+pub mod average;
 pub mod balance;
 pub mod config;
 pub mod data;

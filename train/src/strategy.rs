@@ -21,6 +21,7 @@ use burn::{
 };
 
 use crate::{
+    average::Average,
     config::{NonFinite, TrainConfig},
     learner::{Batch, Exchange, Trainee},
     metrics::{MetricsLog, Record},
@@ -41,6 +42,8 @@ pub(crate) struct SingleDevice {
     pub(crate) done: u64,
     /// What happened in them.
     pub(crate) history: History,
+    /// Of the weights, for as long as nothing runs.
+    pub(crate) average: Mutex<Option<Average>>,
     pub(crate) outcome: Arc<Mutex<Outcome>>,
 }
 
@@ -72,6 +75,11 @@ impl SupervisedLearningStrategy<Trainee> for SingleDevice {
             learner,
             valid,
             history: self.history.clone(),
+            average: self
+                .average
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
         };
         if let Err(error) = run.steps(train.iter()) {
             self.outcome().error = Some(error);
@@ -93,6 +101,7 @@ struct Run<'a> {
     learner: Learner<Trainee>,
     valid: ValidLoader<Trainee>,
     history: History,
+    average: Option<Average>,
 }
 
 impl Run<'_> {
@@ -200,6 +209,9 @@ impl Run<'_> {
             }
             self.history.skipped_steps += 1;
         }
+        if let Some(average) = &mut self.average {
+            average.update(self.learner.model().valid().model);
+        }
         let seconds = started.elapsed().as_secs_f64();
 
         let report = self.measured(mean).with_loads(&exchange.loads());
@@ -263,6 +275,7 @@ impl Run<'_> {
         };
         let contents = Contents {
             model: &model,
+            average: self.average.as_mut().map(Average::model),
             shape,
             state: &state,
             config,
