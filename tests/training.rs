@@ -296,6 +296,10 @@ fn lower_precisions_resume_bit_for_bit_with_smaller_moments() {
             lasting(&killed.run.directory),
             lasting(&whole.run.directory)
         );
+        let again = ["memory.recompute=true", &precision, &set("again")];
+        let again = small_run(dir.path(), &again);
+        start(&again, false, Interrupter::new()).unwrap();
+        assert_eq!(lasting(&again.run.directory), lasting(&whole.run.directory));
         let file = |name: &str| whole.run.directory.join("checkpoints/latest").join(name);
         let weights = std::fs::metadata(file("model.safetensors")).unwrap().len() as f64;
         let moments = std::fs::metadata(file("training/optimizer.bpk"))

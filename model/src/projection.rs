@@ -10,7 +10,7 @@ use deepburn_kernels::{
     linear::linear,
 };
 
-use crate::init::Initializer;
+use crate::{init::Initializer, recompute::Recompute};
 
 /// How the layers compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,6 +24,9 @@ pub struct Arithmetic {
     pub bf16: bool,
     /// What FP8 does worse, for an experiment.
     pub ablation: Option<Ablation>,
+    /// Whether the backward pass computes the outputs of RMSNorm and of MLA's up-projections again instead of keeping them
+    /// (section 3.2.3). Results are the same.
+    pub recompute: bool,
 }
 
 impl Arithmetic {
@@ -32,6 +35,7 @@ impl Arithmetic {
         fp8: None,
         bf16: false,
         ablation: None,
+        recompute: false,
     };
 
     /// Products in FP8 and nothing else: what a checkpoint in FP8 means.
@@ -81,6 +85,9 @@ pub struct Projection {
     pub weight: Param<Tensor<2>>,
     #[module(skip)]
     pub(crate) arithmetic: Arithmetic,
+    /// Whether the backward pass computes the result again.
+    #[module(skip)]
+    pub(crate) recompute: Recompute,
 }
 
 impl Projection {
@@ -89,6 +96,7 @@ impl Projection {
         Self {
             weight: init.normal("weight", [inputs, outputs]),
             arithmetic: Arithmetic::FULL,
+            recompute: Recompute::default(),
         }
     }
 
@@ -101,14 +109,18 @@ impl Projection {
         let weight = self.weight.val();
         let [inputs, outputs] = weight.dims();
         let mut shape = x.dims();
-        let arithmetic = self.arithmetic;
-        let rows = arithmetic.activation(x.reshape([-1, inputs as i32]));
-        let rows = match (arithmetic.fp8, arithmetic.ablation) {
-            (None, _) => linear(rows, arithmetic.weight(weight)),
-            (Some(format), None) => fp8::linear(rows, weight, format),
-            (Some(format), Some(worse)) => fp8::ablation::linear(rows, weight, format, worse),
-        };
         shape[N - 1] = outputs;
-        arithmetic.activation(rows).reshape(shape)
+        let arithmetic = self.arithmetic;
+        // Of an input that is computed again, neither another shape nor the rounded numbers are kept.
+        let rows = Recompute(arithmetic.recompute)
+            .of(x, |x| arithmetic.activation(x.reshape([-1, inputs as i32])));
+        self.recompute.with_weight(rows, weight, |rows, weight| {
+            let rows = match (arithmetic.fp8, arithmetic.ablation) {
+                (None, _) => linear(rows, arithmetic.weight(weight)),
+                (Some(format), None) => fp8::linear(rows, weight, format),
+                (Some(format), Some(worse)) => fp8::ablation::linear(rows, weight, format, worse),
+            };
+            arithmetic.activation(rows).reshape(shape)
+        })
     }
 }

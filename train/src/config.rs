@@ -84,6 +84,9 @@ pub struct TrainConfig {
     /// The average of the weights, if one is kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ema: Option<EmaConfig>,
+    /// What memory is saved on.
+    #[serde(default)]
+    pub memory: MemoryConfig,
     /// When the held-out text is looked at.
     #[serde(default)]
     pub validation: ValidationConfig,
@@ -192,6 +195,15 @@ impl Default for OptimizerConfig {
 pub struct EmaConfig {
     /// What is left of the average at each step.
     pub decay: f64,
+}
+
+/// `[memory]`
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Whether the backward pass computes the outputs of RMSNorm and of MLA's up-projections again instead of keeping them
+    /// (report section 3.2.3). Results are the same.
+    pub recompute: bool,
 }
 
 /// `[loss]` (report sections 2.1.2, 2.2 and 4.2).
@@ -402,6 +414,7 @@ impl TrainConfig {
     pub fn arithmetic(&self) -> Arithmetic {
         Arithmetic {
             ablation: self.ablation.fp8.map(Into::into),
+            recompute: self.memory.recompute,
             ..self.precision.arithmetic()
         }
     }

@@ -23,6 +23,7 @@ use crate::{
     init::Initializer,
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
+    recompute::Recompute,
     rope::Rope,
 };
 
@@ -127,9 +128,16 @@ impl Attention {
 
     /// Sets how products with weights are computed.
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        let recompute = Recompute(arithmetic.recompute);
+        self.kv_a_layernorm.recompute = recompute;
+        self.kv_b_proj.recompute = recompute;
         let queries = match &mut self.query {
             QueryProjection::Direct(query) => vec![&mut query.q_proj],
-            QueryProjection::LowRank(query) => vec![&mut query.q_a_proj, &mut query.q_b_proj],
+            QueryProjection::LowRank(query) => {
+                query.q_a_layernorm.recompute = recompute;
+                query.q_b_proj.recompute = recompute;
+                vec![&mut query.q_a_proj, &mut query.q_b_proj]
+            }
         };
         let others = [&mut self.kv_a_proj_with_mqa, &mut self.kv_b_proj];
         for projection in queries.into_iter().chain(others) {
