@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 /// | scales of their weights, one per 128 x 128 | | | any |
 /// | sums of products | FP32 | FP32 | FP32, promoted every 128 |
 /// | activations between layers' parts, and their gradients | FP32 | BF16 | BF16 |
+/// | inputs of the routed experts' SwiGLU, kept for the backward pass | FP32 | BF16 | FP8, its output computed again |
 /// | embedding, output head, projection of MTP | FP32 | BF16 | BF16 |
 /// | router, norms, softmax, attention's sums, loss | FP32 | FP32 | FP32 |
 /// | weights that are updated and saved | FP32 | FP32 | FP32 |
