@@ -13,6 +13,7 @@ use deepburn_model::{
     checkpoint::{self, SaveOptions, StoredType},
     parameters::{self, Parameter},
 };
+use deepburn_train::state::AVERAGE;
 use indicatif::{HumanBytes, HumanCount};
 
 use crate::{model_dir, print_now};
@@ -41,6 +42,10 @@ pub(crate) struct Args {
     /// The type of the weights
     #[arg(long, value_enum)]
     dtype: Dtype,
+
+    /// Write the average of the weights that a training run with [ema] keeps, instead of its weights
+    #[arg(long)]
+    ema: bool,
 
     /// Split the weights into files of at most this many bytes; KB, MB and GB are powers of 1000
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
@@ -76,7 +81,17 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         );
     }
     let input = model_dir::resolve(&args.input)?;
-    let (config, model) = checkpoint::load(&input, &Device::flex())?;
+    let weights_in = match args.ema {
+        false => input.clone(),
+        true => input.join(AVERAGE),
+    };
+    if !weights_in.exists() {
+        bail!(
+            "{}: there is no such folder; a training run keeps an average of its weights with ema.decay",
+            weights_in.display()
+        );
+    }
+    let (config, model) = checkpoint::load(&weights_in, &Device::flex())?;
     let options = SaveOptions {
         max_shard_bytes: args.max_shard_size,
         dtype: args.dtype.into(),

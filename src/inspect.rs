@@ -16,7 +16,7 @@ use deepburn_model::{
     parameters::{self, ParameterCount},
     transformer::Transformer,
 };
-use deepburn_train::precision::Precision;
+use deepburn_train::precision::{BYTES_OF_AVERAGE, Precision};
 use indicatif::{HumanBytes, HumanCount};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -61,6 +61,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         let mut value = report.json(args.tensors);
         if let Some(precision) = args.training {
             value["training_bytes"] = report.training(precision).into_iter().collect();
+            value["average_bytes"] = json!(report.average());
         }
         serde_json::to_string_pretty(&value).context("cannot write JSON")? + "\n"
     } else {
@@ -151,6 +152,11 @@ impl Report {
         bytes.map(|(part, bytes)| (part, bytes * parameters))
     }
 
+    /// Bytes on the CPU if the run keeps an average of the weights.
+    fn average(&self) -> u64 {
+        (BYTES_OF_AVERAGE * (self.count.total() + self.count.mtp)) as u64
+    }
+
     fn training_text(&self, text: &mut String, precision: Precision) {
         let parts = self.training(precision);
         let sum = parts.iter().map(|(_, bytes)| *bytes as u64).sum();
@@ -160,9 +166,10 @@ impl Report {
         line(
             text,
             format_args!(
-                "\ntraining in {name}: {} = {}, and the activations of a batch",
+                "\ntraining in {name}: {} = {}, and the activations of a batch; with [ema] {} more on the CPU",
                 parts.join(" + "),
-                HumanBytes(sum)
+                HumanBytes(sum),
+                HumanBytes(self.average())
             ),
         );
     }

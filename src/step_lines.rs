@@ -52,9 +52,11 @@ impl StepLines {
             .values
             .get("MTP loss")
             .map(|loss| format!(" | mtp {loss:.4}"));
+        let spikes = self.values.get("Spikes");
+        let spikes = spikes.map(|spikes| format!(" | spikes {spikes:.0}"));
         println!(
             "step {step}/{} | loss {:.4}{} | {:.3} bits/byte | grad norm {:.3} | lr {:.2e} | {:.0} tokens/s | \
-             MaxVio {:.3} | dead experts {:.0} | {:.0} MiB",
+             MaxVio {:.3} | dead experts {:.0} | {:.0} MiB{}",
             self.steps,
             self.value("Loss"),
             mtp.unwrap_or_default(),
@@ -65,6 +67,7 @@ impl StepLines {
             self.value("MaxVio"),
             self.value("Dead experts"),
             self.value("Memory"),
+            spikes.unwrap_or_default(),
         );
     }
 }

@@ -76,6 +76,8 @@ fn memory_of_training_is_counted_per_precision() {
         let output = run(&["--json", "--training", precision]);
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         let parameters = ["total", "mtp"].map(|part| report["parameters"][part].as_u64().unwrap());
+        let average = report["average_bytes"].as_u64();
+        assert_eq!(average, Some(4 * parameters.iter().sum::<u64>()));
         let parts = report["training_bytes"].as_object().unwrap();
         let sum: u64 = parts.values().map(|bytes| bytes.as_u64().unwrap()).sum();
         assert_eq!(sum, bytes * parameters.iter().sum::<u64>(), "{precision}");

@@ -23,6 +23,7 @@ const PURE: [&str; 11] = [
     "train/src/pipeline/schedule/",
     "train/src/plan/",
     "train/src/schedule.rs",
+    "train/src/spike.rs",
     "train/src/data/",
     "infer/src/sampler.rs",
     "infer/src/text.rs",

@@ -1,12 +1,18 @@
 //! Rounding to BF16 and back, for layers that compute in BF16 with sums in single precision on any device.
 //!
-//! Native on Flex for f32.
+//! Native on Flex for f32. Memory bound: under gradient checkpointing the backward pass rounds again.
+
+use std::marker::PhantomData;
 
 use burn::{
     backend::{
         Autodiff, Dispatch, Flex,
         autodiff::{
-            checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+            NodeId,
+            checkpoint::{
+                base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
+                strategy::CheckpointStrategy,
+            },
             grads::Gradients,
             ops::{Backward, Ops, OpsKind},
         },
@@ -96,9 +102,33 @@ impl<B: Bf16Ops> Backward<B, 1> for Round {
     }
 }
 
+/// The forward pass in the backward pass.
+#[derive(Debug)]
+struct Again<B> {
+    x: NodeId,
+    backend: PhantomData<B>,
+}
+
+impl<B: Bf16Ops> RetroForward for Again<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let x = states.get_state(&self.x);
+        states.save(out, B::round_bf16(x, true));
+    }
+}
+
 impl<B: Bf16Ops, C: CheckpointStrategy> Bf16Ops for Autodiff<B, C> {
     fn round_bf16(x: FloatTensor<Self>, gradient: bool) -> FloatTensor<Self> {
-        match Round.prepare::<C>([x.node()]).compute_bound().stateful() {
+        let again = Again::<B> {
+            x: x.id(),
+            backend: PhantomData,
+        };
+        match Round
+            .prepare::<C>([x.node()])
+            .memory_bound()
+            .retro_forward(again)
+            .parents([&x])
+            .stateful()
+        {
             OpsKind::Tracked(prep) => {
                 prep.finish(gradient, B::round_bf16(x.into_primitive(), gradient))
             }

@@ -1,12 +1,19 @@
 //! The product of activations with a matrix of weights.
 //!
-//! Native on Flex for f32 and f64: rows spread over the threads, and results that are not filled with zeros first.
+//! Native on Flex for f32 and f64: rows spread over the threads, and results that are not filled with zeros first. Under
+//! gradient checkpointing the backward pass computes the product again: who asks for that has a reason.
+
+use std::marker::PhantomData;
 
 use burn::{
     backend::{
         Autodiff, Dispatch, Flex,
         autodiff::{
-            checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+            NodeId,
+            checkpoint::{
+                base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
+                strategy::CheckpointStrategy,
+            },
             grads::Gradients,
             ops::{Backward, Ops, OpsKind},
         },
@@ -85,35 +92,59 @@ fn multiply<T: Scalar>(a: FlexFloat, b: FlexFloat) -> FlexFloat {
 struct LinearProduct;
 
 impl<B: LinearOps + LinearGrad> Backward<B, 2> for LinearProduct {
-    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>);
+    /// Each where the other has a gradient.
+    type State = [Option<NodeId>; 2];
 
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (x, weight) = ops.state;
+        let [x, weight] = ops.state;
         let [x_node, weight_node] = ops.parents;
         if let (Some(node), Some(x)) = (weight_node, x) {
+            let x = kept.retrieve_node_output(x);
             grads.register::<B>(node.id, B::linear_weight_grad(x, grad.clone()));
         }
         if let (Some(node), Some(weight)) = (x_node, weight) {
+            let weight = kept.retrieve_node_output(weight);
             grads.register::<B>(node.id, B::linear_input_grad(grad, weight));
         }
     }
 }
 
+/// The forward pass in the backward pass.
+#[derive(Debug)]
+struct Again<B> {
+    x: NodeId,
+    weight: NodeId,
+    backend: PhantomData<B>,
+}
+
+impl<B: LinearOps> RetroForward for Again<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let (x, weight) = (states.get_state(&self.x), states.get_state(&self.weight));
+        states.save(out, B::linear_product(x, weight));
+    }
+}
+
 impl<B: LinearOps + LinearGrad, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
     fn linear_product(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        let tracked = [x.is_tracked(), weight.is_tracked()];
+        let again = Again::<B> {
+            x: x.id(),
+            weight: weight.id(),
+            backend: PhantomData,
+        };
         match LinearProduct
             .prepare::<C>([x.node(), weight.node()])
-            .compute_bound()
+            .memory_bound()
+            .retro_forward(again)
+            .parents([&x, &weight])
             .stateful()
         {
-            OpsKind::Tracked(prep) => {
+            OpsKind::Tracked(mut prep) => {
+                let kept = [
+                    weight.is_tracked().then(|| prep.checkpoint(&x)),
+                    x.is_tracked().then(|| prep.checkpoint(&weight)),
+                ];
                 let (x, weight) = (x.into_primitive(), weight.into_primitive());
-                let kept = (
-                    tracked[1].then(|| x.clone()),
-                    tracked[0].then(|| weight.clone()),
-                );
                 prep.finish(kept, B::linear_product(x, weight))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::linear_product(

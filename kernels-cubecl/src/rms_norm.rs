@@ -1,12 +1,19 @@
 //! Root mean square normalisation over the last dimension.
 //!
-//! Native on Flex for f32: one pass per row forward and one backward.
+//! Native on Flex for f32: one pass per row forward and one backward. Memory bound: under gradient checkpointing the
+//! backward pass computes the result again.
+
+use std::marker::PhantomData;
 
 use burn::{
     backend::{
         Autodiff, Dispatch, Flex,
         autodiff::{
-            checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+            NodeId,
+            checkpoint::{
+                base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
+                strategy::CheckpointStrategy,
+            },
             grads::Gradients,
             ops::{Backward, Ops, OpsKind},
         },
@@ -151,11 +158,15 @@ fn inverse_rms(x: &[f32], epsilon: f64) -> f32 {
 struct Normalise;
 
 impl<B: RmsNormOps + RmsNormGrad> Backward<B, 2> for Normalise {
-    type State = (FloatTensor<B>, FloatTensor<B>, f64);
+    type State = (NodeId, NodeId, f64);
 
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         let (x, weight, epsilon) = ops.state;
+        let (x, weight) = (
+            kept.retrieve_node_output(x),
+            kept.retrieve_node_output(weight),
+        );
         let (grad_x, grad_weight) = B::normalise_grad(grad, x, weight, epsilon);
         for (node, grad) in ops.parents.into_iter().zip([grad_x, grad_weight]) {
             if let Some(node) = node {
@@ -165,21 +176,45 @@ impl<B: RmsNormOps + RmsNormGrad> Backward<B, 2> for Normalise {
     }
 }
 
+/// The forward pass in the backward pass.
+#[derive(Debug)]
+struct Again<B> {
+    x: NodeId,
+    weight: NodeId,
+    epsilon: f64,
+    backend: PhantomData<B>,
+}
+
+impl<B: RmsNormOps> RetroForward for Again<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let (x, weight) = (states.get_state(&self.x), states.get_state(&self.weight));
+        states.save(out, B::normalise(x, weight, self.epsilon));
+    }
+}
+
 impl<B: RmsNormOps + RmsNormGrad, C: CheckpointStrategy> RmsNormOps for Autodiff<B, C> {
     fn normalise(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         epsilon: f64,
     ) -> FloatTensor<Self> {
+        let again = Again::<B> {
+            x: x.id(),
+            weight: weight.id(),
+            epsilon,
+            backend: PhantomData,
+        };
         match Normalise
             .prepare::<C>([x.node(), weight.node()])
-            .compute_bound()
+            .memory_bound()
+            .retro_forward(again)
+            .parents([&x, &weight])
             .stateful()
         {
-            OpsKind::Tracked(prep) => {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&x), prep.checkpoint(&weight), epsilon);
                 let (x, weight) = (x.into_primitive(), weight.into_primitive());
-                let output = B::normalise(x.clone(), weight.clone(), epsilon);
-                prep.finish((x, weight, epsilon), output)
+                prep.finish(state, B::normalise(x, weight, epsilon))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::normalise(
                 x.into_primitive(),

@@ -14,6 +14,7 @@ use crate::{
     moe::{Moe, MoeOutput},
     norm::RmsNorm,
     projection::Arithmetic,
+    recompute::Recompute,
 };
 
 /// A transformer layer.
@@ -78,6 +79,12 @@ impl DecoderLayer {
     /// Sets how products with weights are computed.
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
         self.arithmetic = arithmetic;
+        for norm in [
+            &mut self.input_layernorm,
+            &mut self.post_attention_layernorm,
+        ] {
+            norm.recompute = Recompute(arithmetic.recompute);
+        }
         self.self_attn.set_arithmetic(arithmetic);
         match &mut self.mlp {
             FeedForward::Dense(mlp) => mlp.set_arithmetic(arithmetic),

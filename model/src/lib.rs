@@ -22,5 +22,6 @@ pub mod mtp;
 pub mod norm;
 pub mod parameters;
 pub mod projection;
+mod recompute;
 pub mod rope;
 pub mod transformer;

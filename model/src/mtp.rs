@@ -13,6 +13,7 @@ use crate::{
     layer::{DecoderLayer, LayerOutput},
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
+    recompute::Recompute,
 };
 
 /// The module of one prediction depth. Embedding and output head are the main model's.
@@ -69,6 +70,9 @@ impl MtpModule {
     /// Sets how products with weights are computed.
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
         self.eh_proj.arithmetic = arithmetic.unquantised();
+        for norm in [&mut self.enorm, &mut self.hnorm, &mut self.shared_head.norm] {
+            norm.recompute = Recompute(arithmetic.recompute);
+        }
         self.block.set_arithmetic(arithmetic);
     }
 

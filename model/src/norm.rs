@@ -6,7 +6,7 @@ use burn::{
 };
 use deepburn_kernels::rms_norm::rms_norm;
 
-use crate::init::Initializer;
+use crate::{init::Initializer, recompute::Recompute};
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 #[derive(Module, Debug)]
@@ -14,6 +14,9 @@ pub struct RmsNorm {
     /// Scale per channel. `[D]`
     pub weight: Param<Tensor<1>>,
     epsilon: f64,
+    /// Whether the backward pass computes the result again.
+    #[module(skip)]
+    pub(crate) recompute: Recompute,
 }
 
 impl RmsNorm {
@@ -22,6 +25,7 @@ impl RmsNorm {
         Self {
             weight: init.ones("weight", size),
             epsilon,
+            recompute: Recompute::default(),
         }
     }
 
@@ -30,7 +34,9 @@ impl RmsNorm {
     /// # Shapes
     /// - `x`: `[..., D]`, as the result
     pub fn forward<const N: usize>(&self, x: Tensor<N>) -> Tensor<N> {
-        rms_norm(x, self.weight.val(), self.epsilon)
+        let weight = self.weight.val();
+        self.recompute
+            .with_weight(x, weight, |x, weight| rms_norm(x, weight, self.epsilon))
     }
 }
 

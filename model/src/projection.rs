@@ -11,7 +11,7 @@ use deepburn_kernels::{
     linear::linear,
 };
 
-use crate::{held::hold, init::Initializer};
+use crate::{held::hold, init::Initializer, recompute::Recompute};
 
 /// How the layers compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,6 +25,9 @@ pub struct Arithmetic {
     pub bf16: bool,
     /// What FP8 does worse, for an experiment.
     pub ablation: Option<Ablation>,
+    /// Whether the backward pass computes the outputs of RMSNorm and of MLA's up-projections again instead of keeping them
+    /// (section 3.2.3). Results are the same.
+    pub recompute: bool,
 }
 
 impl Arithmetic {
@@ -33,6 +36,7 @@ impl Arithmetic {
         fp8: None,
         bf16: false,
         ablation: None,
+        recompute: false,
     };
 
     /// Products in FP8 and nothing else: what a checkpoint in FP8 means.
@@ -84,6 +88,9 @@ pub struct Projection {
     pub(crate) arithmetic: Arithmetic,
     #[module(skip)]
     held: Option<CompactMatrices>,
+    /// Whether the backward pass computes the result again.
+    #[module(skip)]
+    pub(crate) recompute: Recompute,
 }
 
 impl Projection {
@@ -93,6 +100,7 @@ impl Projection {
             weight: init.normal("weight", [inputs, outputs]),
             arithmetic: Arithmetic::FULL,
             held: None,
+            recompute: Recompute::default(),
         }
     }
 
@@ -110,17 +118,23 @@ impl Projection {
     pub fn forward<const N: usize>(&self, x: Tensor<N>) -> Tensor<N> {
         let mut shape = x.dims();
         let arithmetic = self.arithmetic;
-        let rows = arithmetic.activation(x.reshape([-1, shape[N - 1] as i32]));
-        let weight = || self.weight.val();
-        let rows = match (&self.held, arithmetic.fp8, arithmetic.ablation) {
-            (Some(held), ..) => held.linear(rows),
-            (None, None, _) => linear(rows, arithmetic.weight(weight())),
-            (None, Some(format), None) => fp8::linear(rows, weight(), format),
-            (None, Some(format), Some(worse)) => {
-                fp8::ablation::linear(rows, weight(), format, worse)
-            }
-        };
-        shape[N - 1] = rows.dims()[1];
-        arithmetic.activation(rows).reshape(shape)
+        let inputs = shape[N - 1] as i32;
+        // Of an input that is computed again, neither another shape nor the rounded numbers are kept.
+        let rows = Recompute(arithmetic.recompute)
+            .of(x, |x| arithmetic.activation(x.reshape([-1, inputs])));
+        if let Some(held) = &self.held {
+            shape[N - 1] = held.dims()[2];
+            return arithmetic.activation(held.linear(rows)).reshape(shape);
+        }
+        let weight = self.weight.val();
+        shape[N - 1] = weight.dims()[1];
+        self.recompute.with_weight(rows, weight, |rows, weight| {
+            let rows = match (arithmetic.fp8, arithmetic.ablation) {
+                (None, _) => linear(rows, arithmetic.weight(weight)),
+                (Some(format), None) => fp8::linear(rows, weight, format),
+                (Some(format), Some(worse)) => fp8::ablation::linear(rows, weight, format, worse),
+            };
+            arithmetic.activation(rows).reshape(shape)
+        })
     }
 }

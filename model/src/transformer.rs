@@ -25,6 +25,7 @@ use crate::{
     mtp::{MtpModule, MtpOutput},
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
+    recompute::Recompute,
     rope::Rope,
 };
 
@@ -87,6 +88,7 @@ impl Transformer {
     #[must_use]
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.arithmetic = arithmetic;
+        self.norm.recompute = Recompute(arithmetic.recompute);
         for layer in &mut self.layers {
             layer.set_arithmetic(arithmetic);
         }

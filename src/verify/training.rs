@@ -15,6 +15,7 @@ use deepburn_train::{
     config::{NonFinite, OptimizerConfig},
     optimizer::adamw,
     precision::Precision,
+    spike::SpikeConfig,
     step::{UpdateRule, global_norm, update},
 };
 
@@ -45,6 +46,7 @@ const OPTIMIZER: OptimizerConfig = OptimizerConfig {
     weight_decay: 0.1,
     clip_norm: 1.0,
     non_finite: NonFinite::Halt,
+    spike: SpikeConfig::OFF,
 };
 /// Factor on the balance loss, alpha.
 const ALPHA: f64 = 1e-4;

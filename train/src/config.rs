@@ -10,6 +10,7 @@ use crate::{
     data::{DataConfig, DataError},
     precision::{Fp8Ablation, Precision},
     schedule::{LearningRate, Switch},
+    spike::SpikeConfig,
 };
 
 /// Why a configuration cannot be used.
@@ -80,6 +81,12 @@ pub struct TrainConfig {
     /// Weights of the losses, and balancing.
     #[serde(default)]
     pub loss: LossConfig,
+    /// The average of the weights, if one is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaConfig>,
+    /// What memory is saved on.
+    #[serde(default)]
+    pub memory: MemoryConfig,
     /// When the held-out text is looked at.
     #[serde(default)]
     pub validation: ValidationConfig,
@@ -153,6 +160,8 @@ pub struct OptimizerConfig {
     pub clip_norm: f64,
     /// What happens at gradients that are not finite.
     pub non_finite: NonFinite,
+    /// What happens at a loss far above those before.
+    pub spike: SpikeConfig,
 }
 
 /// What happens to a step whose gradients are not finite. A loss that is not ends the run.
@@ -175,8 +184,26 @@ impl Default for OptimizerConfig {
             weight_decay: 0.1,
             clip_norm: 1.0,
             non_finite: NonFinite::Halt,
+            spike: SpikeConfig::default(),
         }
     }
+}
+
+/// `[ema]`: an exponential moving average of the weights on the CPU (report section 3.2.3).
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmaConfig {
+    /// What is left of the average at each step.
+    pub decay: f64,
+}
+
+/// `[memory]`
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Whether the backward pass computes the outputs of RMSNorm and of MLA's up-projections again instead of keeping them
+    /// (report section 3.2.3). Results are the same.
+    pub recompute: bool,
 }
 
 /// `[loss]` (report sections 2.1.2, 2.2 and 4.2).
@@ -350,6 +377,16 @@ impl TrainConfig {
                 return Err(ConfigError::rule(key, value, "must be a positive number"));
             }
         }
+        if let Some((key, value, rule)) = optimizer.spike.problem() {
+            let key = format!("optimizer.spike.{key}");
+            return Err(ConfigError::rule(&key, value, rule));
+        }
+        if let Some(EmaConfig { decay }) = self.ema
+            && !(decay > 0.0 && decay < 1.0)
+        {
+            let rule = "must be above 0, below 1";
+            return Err(ConfigError::rule("ema.decay", decay, rule));
+        }
         if let Some((key, value, rule)) = self.schedule.problem() {
             return Err(ConfigError::rule(&format!("schedule.{key}"), value, rule));
         }
@@ -361,6 +398,7 @@ impl TrainConfig {
     pub fn arithmetic(&self) -> Arithmetic {
         Arithmetic {
             ablation: self.ablation.fp8.map(Into::into),
+            recompute: self.memory.recompute,
             ..self.precision.arithmetic()
         }
     }
@@ -537,6 +575,14 @@ mod tests {
         assert_eq!(
             read(&["ablation.fp8=per-tensor"]).unwrap_err(),
             "ablation.fp8 = \"per-tensor\": is an experiment with precision = \"fp8\""
+        );
+        assert_eq!(
+            read(&["ema.decay=1"]).unwrap_err(),
+            "ema.decay = 1: must be above 0, below 1"
+        );
+        assert_eq!(
+            read(&["optimizer.spike.window=7"]).unwrap_err(),
+            "optimizer.spike.window = 7: must be at least 8"
         );
         let unknown = read(&["precision=fp8", "ablation.fp8=per-row"]).unwrap_err();
         assert!(unknown.contains("unknown variant `per-row`"), "{unknown}");

@@ -98,6 +98,7 @@ struct State {
     gradient_norm: f64,
     snapshot: Option<OptimizerRecord>,
     not_finite: Vec<String>,
+    left_out: bool,
 }
 
 /// What holds for one step.
@@ -122,6 +123,7 @@ impl Exchange {
             gradient_norm: 0.0,
             snapshot: None,
             not_finite: Vec::new(),
+            left_out: false,
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -132,6 +134,12 @@ impl Exchange {
         state.settings = settings;
         state.loads.clear();
         state.not_finite.clear();
+        state.left_out = false;
+    }
+
+    /// Asks that the step under way changes nothing.
+    pub fn leave_out(&self) {
+        self.lock().left_out = true;
     }
 
     /// Asks for the optimizer's state after the step under way.
@@ -239,16 +247,16 @@ impl TrainStep for Trainee {
         rate: ModuleLearningRate,
         gradients: GradientsParams,
     ) -> Self {
-        let (rule, loads) = {
+        let (rule, loads, left_out) = {
             let state = self.exchange.lock();
-            (state.settings.rule, state.loads.clone())
+            (state.settings.rule, state.loads.clone(), state.left_out)
         };
         let norm = step::global_norm(&self.model, &gradients);
         let mut not_finite = Vec::new();
-        if norm.is_finite() {
-            self.model = step::update(self.model, optimizer, rate, gradients, norm, &loads, rule);
-        } else {
+        if !norm.is_finite() {
             not_finite = step::not_finite(&self.model, &gradients);
+        } else if !left_out {
+            self.model = step::update(self.model, optimizer, rate, gradients, norm, &loads, rule);
         }
         let mut state = self.exchange.lock();
         state.gradient_norm = norm;

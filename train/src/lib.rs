@@ -1,5 +1,6 @@
 //! Training for Deepburn: data, optimizer, schedules, load balancing and checkpoints on Burn's Learner.
 
+pub mod average;
 pub mod balance;
 pub mod config;
 pub mod data;
@@ -13,6 +14,7 @@ pub mod precision;
 pub mod report;
 pub mod run;
 pub mod schedule;
+pub mod spike;
 pub mod state;
 pub mod step;
 mod strategy;

@@ -14,11 +14,13 @@ use serde::{Deserialize, Serialize};
 /// | scales of their weights, one per 128 x 128 | | | any |
 /// | sums of products | FP32 | FP32 | FP32, promoted every 128 |
 /// | activations between layers' parts, and their gradients | FP32 | BF16 | BF16 |
+/// | inputs of the routed experts' SwiGLU, kept for the backward pass | FP32 | BF16 | FP8, its output computed again |
 /// | embedding, output head, projection of MTP | FP32 | BF16 | BF16 |
 /// | router, norms, softmax, attention's sums, loss | FP32 | FP32 | FP32 |
 /// | weights that are updated and saved | FP32 | FP32 | FP32 |
 /// | weights' gradients | FP32 | FP32 | FP32 |
 /// | AdamW's moments | FP32 | BF16 | BF16 |
+/// | average of the weights, if one is kept | FP32 | FP32 | FP32 |
 ///
 /// BF16 and FP8 are numbers of these types on every device; where a kernel needs them in single precision, as on the
 /// CPU, they are stored so. AdamW's moments are stored in the type that the table says.
@@ -67,6 +69,9 @@ impl Precision {
         }
     }
 }
+
+/// Bytes that an average of the weights takes on the CPU for each parameter.
+pub const BYTES_OF_AVERAGE: usize = 4;
 
 /// [`Ablation`] as it is written.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]

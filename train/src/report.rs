@@ -40,6 +40,9 @@ pub struct StepReport {
     /// Optimizer steps left out so far because gradients were not finite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped_steps: Option<u64>,
+    /// Losses so far that were far above those before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spikes: Option<u64>,
     /// Learning rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
@@ -146,6 +149,7 @@ impl Measure {
             Self::new("Dead experts", None, |r| {
                 r.dead_experts.map(|dead| dead as f64)
             }),
+            Self::new("Spikes", None, |r| r.spikes.map(|spikes| spikes as f64)),
             Self::new("Memory", Some("MiB"), |r| {
                 r.memory_bytes
                     .map(|bytes| bytes as f64 / f64::from(1 << 20))

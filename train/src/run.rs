@@ -22,6 +22,7 @@ use deepburn_model::{
 };
 
 use crate::{
+    average::Average,
     config::TrainConfig,
     data::{DataError, PackedDataset, Prepared},
     learner::{Exchange, StepSettings, Trainee},
@@ -160,7 +161,7 @@ pub fn run(
         return Err(TrainError::AblationDevice { device });
     }
     let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
-    let (model, done, record) = match (options.resume, checkpoints.latest()) {
+    let (model, average, state, record) = match (options.resume, checkpoints.latest()) {
         (false, Some(_)) => {
             return Err(TrainError::Exists {
                 path: config.run.directory.clone(),
@@ -168,7 +169,8 @@ pub fn run(
         }
         (false, None) => {
             let model = Transformer::new(&shape, config.run.seed, &options.device);
-            (model, 0, None)
+            let state = RunState::new(0, config, &data);
+            (model.clone(), model, state, None)
         }
         (true, None) => {
             return Err(StateError::None {
@@ -184,9 +186,15 @@ pub fn run(
                 let what = "config.json differs from model.config with this tokenizer".into();
                 return Err(StateError::State { path, what }.into());
             }
-            (model, state.step, Some(record))
+            let average = match config.ema {
+                None => model.clone(),
+                Some(_) => checkpoint::load(&path.join(state::AVERAGE), &Device::flex())?.1,
+            };
+            (model, average, state, Some(record))
         }
     };
+    let done = state.step;
+    let average = config.ema.map(|ema| Average::new(average, ema.decay));
 
     let folder = &config.run.directory;
     std::fs::create_dir_all(folder).map_err(|source| CheckpointError::Io {
@@ -213,6 +221,8 @@ pub fn run(
         data,
         exchange,
         done,
+        history: state.history,
+        average: Mutex::new(average),
         outcome: outcome.clone(),
     };
     let stretches = config.run.steps.div_ceil(config.validation.interval) as usize;

@@ -3,6 +3,7 @@
 //! ```text
 //! checkpoints/step-00000500/  config.json model.safetensors tokenizer.json tokenizer_config.json generation_config.json
 //!                             training/{state.json, optimizer.bpk, config.toml}
+//!                             training/ema/{config.json, model.safetensors}    where an average is kept
 //! checkpoints/latest          -> step-00000500
 //! ```
 
@@ -21,10 +22,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{
-    config::{BatchConfig, TrainConfig},
+    config::{BatchConfig, EmaConfig, TrainConfig},
     data::Cursor,
     precision::{Fp8Ablation, Precision},
+    spike::SpikeWatch,
 };
+
+/// Where a checkpoint has the average of the weights, if the run keeps one.
+pub const AVERAGE: &str = "training/ema";
 
 /// Changes whenever `training/` is read differently.
 const FORMAT: u32 = 1;
@@ -105,6 +110,22 @@ pub struct RunState {
     /// What was done worse, for an experiment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ablation: Option<Fp8Ablation>,
+    /// How the average of the weights was made, if one was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaConfig>,
+    /// What happened on the way.
+    #[serde(default)]
+    pub history: History,
+}
+
+/// What happened to a run that its next steps depend on, or go on counting.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct History {
+    /// Losses, as far as the next one is compared with them.
+    pub spikes: SpikeWatch,
+    /// Optimizer steps left out because gradients were not finite.
+    pub skipped_steps: u64,
 }
 
 impl RunState {
@@ -124,6 +145,8 @@ impl RunState {
             batch: config.batch,
             precision: config.precision,
             ablation: config.ablation.fp8,
+            ema: config.ema,
+            history: History::default(),
         }
     }
 }
@@ -140,6 +163,8 @@ pub struct Checkpoints {
 pub struct Contents<'a> {
     /// The model.
     pub model: &'a Transformer,
+    /// The average of its weights, if one is kept.
+    pub average: Option<&'a Transformer>,
     /// Its shape.
     pub shape: &'a ModelConfig,
     /// How the run goes on.
@@ -233,6 +258,11 @@ fn fill(folder: &Path, contents: Contents<'_>, record: OptimizerRecord) -> Resul
     write_tokenizer(folder, contents.tokenizer, contents.shape)?;
     let training = folder.join("training");
     fs::create_dir(&training).map_err(io_error(&training))?;
+    if let Some(average) = contents.average {
+        let folder = folder.join(AVERAGE);
+        fs::create_dir(&folder).map_err(io_error(&folder))?;
+        checkpoint::save(average, contents.shape, &folder, &SaveOptions::default())?;
+    }
     let state = serde_json::to_vec_pretty(contents.state).expect("numbers and strings");
     write_file(&training.join("state.json"), &state)?;
     let config = toml::to_string(contents.config).expect("read from such a file");
@@ -336,6 +366,8 @@ pub fn check_unchanged(
         json!(found.ablation).to_string(),
         json!(expected.ablation).to_string(),
     )?;
+    let decay = |state: &RunState| json!(state.ema.map(|ema| ema.decay)).to_string();
+    differ("ema.decay", decay(found), decay(expected))?;
     differ(
         "the tokenizer",
         found.tokenizer_sha256.clone(),

@@ -21,12 +21,14 @@ use burn::{
 };
 
 use crate::{
+    average::Average,
     config::{NonFinite, TrainConfig},
     learner::{Batch, Exchange, Trainee},
     metrics::{MetricsLog, Record},
     report::StepReport,
     run::{TrainError, settings},
-    state::{Checkpoints, Contents, RunState},
+    spike::SpikeAction,
+    state::{Checkpoints, Contents, History, RunState},
 };
 
 /// A run on one device.
@@ -38,6 +40,10 @@ pub(crate) struct SingleDevice {
     pub(crate) exchange: Exchange,
     /// Steps done before.
     pub(crate) done: u64,
+    /// What happened in them.
+    pub(crate) history: History,
+    /// Of the weights, for as long as nothing runs.
+    pub(crate) average: Mutex<Option<Average>>,
     pub(crate) outcome: Arc<Mutex<Outcome>>,
 }
 
@@ -68,7 +74,12 @@ impl SupervisedLearningStrategy<Trainee> for SingleDevice {
             processor: components.event_processor,
             learner,
             valid,
-            skipped: 0,
+            history: self.history.clone(),
+            average: self
+                .average
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
         };
         if let Err(error) = run.steps(train.iter()) {
             self.outcome().error = Some(error);
@@ -89,8 +100,8 @@ struct Run<'a> {
     processor: Processor,
     learner: Learner<Trainee>,
     valid: ValidLoader<Trainee>,
-    /// Optimizer steps left out since the start or the resumption.
-    skipped: u64,
+    history: History,
+    average: Option<Average>,
 }
 
 impl Run<'_> {
@@ -173,6 +184,14 @@ impl Run<'_> {
             gradients.accumulate(&self.learner.model(), output.grads);
             reports.push(output.item);
         }
+        let mean = StepReport::mean(&reports);
+        let spike = config.optimizer.spike;
+        if spike.action != SpikeAction::Off
+            && self.history.spikes.observe(mean.loss, &spike)
+            && spike.action == SpikeAction::Skip
+        {
+            exchange.leave_out();
+        }
         // A stop is asked for at any time; the optimizer's state can be had only from within a step.
         let save = due || self.interrupter.should_stop();
         if save {
@@ -188,17 +207,19 @@ impl Run<'_> {
                     tensors: not_finite,
                 });
             }
-            self.skipped += 1;
+            self.history.skipped_steps += 1;
+        }
+        if let Some(average) = &mut self.average {
+            average.update(self.learner.model().valid().model);
         }
         let seconds = started.elapsed().as_secs_f64();
 
-        let report = self
-            .measured(StepReport::mean(&reports))
-            .with_loads(&exchange.loads());
+        let report = self.measured(mean).with_loads(&exchange.loads());
         let report = StepReport {
             step: step + 1,
             gradient_norm: Some(exchange.gradient_norm()).filter(|norm| norm.is_finite()),
-            skipped_steps: (self.skipped > 0).then_some(self.skipped),
+            skipped_steps: Some(self.history.skipped_steps).filter(|steps| *steps > 0),
+            spikes: Some(self.history.spikes.count()).filter(|spikes| *spikes > 0),
             learning_rate: Some(self.learner.lr_current().base()),
             bias_speed: Some(f64::from(settings.rule.gamma)),
             tokens_per_second: Some(report.predicted_tokens as f64 / seconds),
@@ -248,10 +269,15 @@ impl Run<'_> {
             .take_snapshot()
             .ok_or(TrainError::NoSnapshot { step })?;
         let model = self.learner.model().valid().model;
+        let state = RunState {
+            history: self.history.clone(),
+            ..RunState::new(step, config, data)
+        };
         let contents = Contents {
             model: &model,
+            average: self.average.as_mut().map(Average::model),
             shape,
-            state: &RunState::new(step, config, data),
+            state: &state,
             config,
             tokenizer: &data.tokenizer_path,
         };

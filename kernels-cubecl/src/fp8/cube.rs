@@ -7,17 +7,19 @@ use burn::{
         ops::FloatTensorOps,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Int, Tensor},
+    tensor::{Int, Tensor, activation::sigmoid},
 };
 
 use super::{
     Fp8Ops, Quantized,
+    gated::{self, Fp8GatedOps, Gated},
     grouped::{Fp8GroupedGrad, Fp8GroupedOps, OneByOne},
     launch,
     linear::product,
     reference,
     tiles::{ScaleFormat, Tile},
 };
+use crate::{bf16::rounded, swiglu::swiglu};
 
 impl Fp8Ops for Cube {
     fn fp8_quantize(
@@ -48,19 +50,16 @@ impl Fp8Ops for Cube {
             let product = launch::matmul_nt(a, b, b_tile, burn::tensor::DType::F32);
             return product.unwrap_or_else(|problem| panic!("{problem}"));
         }
-        let matrix = |codes, scales, tile| Quantized {
+        let quantized = |codes, scales, tile| Quantized {
             codes: Tensor::<2, Int>::from_primitive::<Self>(codes),
             scales: Tensor::from_primitive::<Self>(scales),
             tile,
         };
         let (a, b) = (
-            matrix(a_codes, a_scales, Tile::Row),
-            matrix(b_codes, b_scales, b_tile),
+            quantized(a_codes, a_scales, Tile::Row),
+            quantized(b_codes, b_scales, b_tile),
         );
-        let product = reference::matmul_nt(&a, &b);
-        product
-            .try_into_primitive::<Self>()
-            .expect("computed on the device of its operands")
+        primitive(reference::matmul_nt(&a, &b))
     }
 
     fn fp8_linear(
@@ -119,6 +118,57 @@ impl Fp8GroupedGrad for Cube {
         let counts = &on_host(counts);
         OneByOne { counts, format }.weight_grad::<Self>(x, grad)
     }
+}
+
+impl Fp8GatedOps for Cube {
+    fn fp8_gated_linear(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        recipe: gated::Recipe,
+    ) -> FloatTensor<Self> {
+        gated::forward::<Self>(gate, up, weights, counts, recipe)
+    }
+}
+
+impl Gated for Cube {
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, bf16: bool) -> FloatTensor<Self> {
+        let hidden = swiglu(matrix(gate), matrix(up));
+        primitive(if bf16 { rounded(hidden) } else { hidden })
+    }
+
+    fn gated_grad(
+        grad: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        bf16: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (grad, gate, up) = (matrix(grad), matrix(gate), matrix(up));
+        let grad = if bf16 { rounded(grad) } else { grad };
+        let s = sigmoid(gate.clone());
+        let of_up = grad.clone() * gate.clone() * s.clone();
+        let slope = gate * (s.clone().neg() + 1.0) + 1.0;
+        (primitive(grad * up * s * slope), primitive(of_up))
+    }
+
+    fn numbers_of_rows(codes: IntTensor<Self>, scales: FloatTensor<Self>) -> FloatTensor<Self> {
+        primitive(reference::dequantize(&Quantized {
+            codes: Tensor::<2, Int>::from_primitive::<Self>(codes),
+            scales: matrix(scales),
+            tile: Tile::Row,
+        }))
+    }
+}
+
+fn matrix(primitive: FloatTensor<Cube>) -> Tensor<2> {
+    Tensor::from_primitive::<Cube>(primitive)
+}
+
+fn primitive(matrix: Tensor<2>) -> FloatTensor<Cube> {
+    matrix
+        .try_into_primitive::<Cube>()
+        .expect("computed on the device of its operands")
 }
 
 /// Reads what a device without kernels for groups does not need itself.

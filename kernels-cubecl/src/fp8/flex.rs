@@ -14,13 +14,16 @@ use rayon::prelude::*;
 use super::{
     Fp8Ops,
     e4m3::decoded,
+    gated::{self, Fp8GatedOps, Gated},
     grouped::{Fp8GroupedGrad, Fp8GroupedOps, OneByOne},
     linear::product,
     tiles::{ScaleFormat, TILE, Tile, quantize, scales},
 };
 use crate::{
+    bf16::Bf16Ops,
     flex::{FlexInt, contiguous, dims, elements, float_tensor, indices},
     gemm::{Into, Matrix, multiply},
+    swiglu::{SwigluGrad, SwigluOps},
     vector::vectorized,
 };
 
@@ -132,6 +135,55 @@ impl Fp8GroupedGrad for Flex {
     ) -> FloatTensor<Self> {
         let counts = &indices(&counts);
         OneByOne { counts, format }.weight_grad::<Self>(x, grad)
+    }
+}
+
+impl Fp8GatedOps for Flex {
+    fn fp8_gated_linear(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        counts: IntTensor<Self>,
+        recipe: gated::Recipe,
+    ) -> FloatTensor<Self> {
+        gated::forward::<Self>(gate, up, weights, counts, recipe)
+    }
+}
+
+impl Gated for Flex {
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, bf16: bool) -> FloatTensor<Self> {
+        let hidden = Self::gate(gate, up);
+        match bf16 {
+            true => Self::round_bf16(hidden, true),
+            false => hidden,
+        }
+    }
+
+    fn gated_grad(
+        grad: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        bf16: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let grad = match bf16 {
+            true => Self::round_bf16(grad, true),
+            false => grad,
+        };
+        Self::gate_grad(grad, gate, up)
+    }
+
+    fn numbers_of_rows(codes: IntTensor<Self>, scales: FloatTensor<Self>) -> FloatTensor<Self> {
+        let [rows, columns] = dims(&codes);
+        let (mut numbers, scales) = (numbers(codes), contiguous(scales));
+        let tiles = numbers
+            .par_chunks_mut(columns.max(1))
+            .zip(elements::<f32>(&scales).par_chunks(columns.div_ceil(TILE).max(1)));
+        tiles.for_each(|(row, scales)| {
+            for (tile, scale) in row.chunks_mut(TILE).zip(scales) {
+                tile.iter_mut().for_each(|number| *number *= scale);
+            }
+        });
+        float_tensor(numbers, [rows, columns])
     }
 }
 

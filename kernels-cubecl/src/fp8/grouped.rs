@@ -45,6 +45,21 @@ pub fn grouped_linear(
     order: &Permutation,
     format: ScaleFormat,
 ) -> Tensor<2> {
+    check(&x, &weights, order);
+    let counts = order.rows.clone();
+    if is_native(&x.device(), x.dtype()) {
+        return Tensor::from_dispatch(Dispatch::fp8_grouped_linear(
+            x.into_dispatch(),
+            weights.into_dispatch(),
+            counts.into_dispatch(),
+            format,
+        ));
+    }
+    by_segment(x, weights, counts, |x, weight| linear(x, weight, format))
+}
+
+/// Panics unless rows, weights and order fit each other.
+pub(super) fn check(x: &Tensor<2>, weights: &Tensor<3>, order: &Permutation) {
     let ([rows, k], [experts, inner, _]) = (x.dims(), weights.dims());
     let ([expected], [segments]) = (order.order.dims(), order.rows.dims());
     assert!(
@@ -59,16 +74,6 @@ pub fn grouped_linear(
         "segments are padded to multiples of {}, FP8 products on this device want {tile}",
         order.tile
     );
-    let counts = order.rows.clone();
-    if is_native(&x.device(), x.dtype()) {
-        return Tensor::from_dispatch(Dispatch::fp8_grouped_linear(
-            x.into_dispatch(),
-            weights.into_dispatch(),
-            counts.into_dispatch(),
-            format,
-        ));
-    }
-    by_segment(x, weights, counts, |x, weight| linear(x, weight, format))
 }
 
 #[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]

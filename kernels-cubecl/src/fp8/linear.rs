@@ -1,10 +1,16 @@
 //! A linear layer whose products are computed in FP8 (report section 3.3.1, figure 6).
 
+use std::marker::PhantomData;
+
 use burn::{
     backend::{
         Autodiff, AutodiffBackend, Dispatch,
         autodiff::{
-            checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+            NodeId,
+            checkpoint::{
+                base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
+                strategy::CheckpointStrategy,
+            },
             grads::Gradients,
             ops::{Backward, Ops, OpsKind},
         },
@@ -71,12 +77,14 @@ pub(super) fn product<B: Fp8Ops>(
 struct Linear;
 
 impl<B: Fp8Ops> Backward<B, 2> for Linear {
-    type State = (FloatTensor<B>, FloatTensor<B>, ScaleFormat);
+    type State = (NodeId, NodeId, ScaleFormat);
 
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         let (x, weight, format) = ops.state;
         let [x_node, weight_node] = ops.parents;
+        let x = kept.retrieve_node_output(x);
+        let weight = kept.retrieve_node_output(weight);
         if let Some(node) = weight_node {
             let (x, grad) = (B::float_transpose(x), B::float_transpose(grad.clone()));
             grads.register::<B>(node.id, product::<B>(x, grad, Tile::Row, format));
@@ -84,6 +92,22 @@ impl<B: Fp8Ops> Backward<B, 2> for Linear {
         if let Some(node) = x_node {
             grads.register::<B>(node.id, product::<B>(grad, weight, Tile::Block, format));
         }
+    }
+}
+
+/// The forward pass in the backward pass, under gradient checkpointing.
+#[derive(Debug)]
+struct Again<B> {
+    x: NodeId,
+    weight: NodeId,
+    format: ScaleFormat,
+    backend: PhantomData<B>,
+}
+
+impl<B: Fp8Ops> RetroForward for Again<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let (x, weight) = (states.get_state(&self.x), states.get_state(&self.weight));
+        states.save(out, B::fp8_linear(x, weight, self.format));
     }
 }
 
@@ -118,15 +142,23 @@ impl<B: Fp8Ops, C: CheckpointStrategy> Fp8Ops for Autodiff<B, C> {
         weight: FloatTensor<Self>,
         format: ScaleFormat,
     ) -> FloatTensor<Self> {
+        let again = Again::<B> {
+            x: x.id(),
+            weight: weight.id(),
+            format,
+            backend: PhantomData,
+        };
         match Linear
             .prepare::<C>([x.node(), weight.node()])
-            .compute_bound()
+            .memory_bound()
+            .retro_forward(again)
+            .parents([&x, &weight])
             .stateful()
         {
-            OpsKind::Tracked(prep) => {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&x), prep.checkpoint(&weight), format);
                 let (x, weight) = (x.into_primitive(), weight.into_primitive());
-                let output = B::fp8_linear(x.clone(), weight.clone(), format);
-                prep.finish((x, weight, format), output)
+                prep.finish(state, B::fp8_linear(x, weight, format))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::fp8_linear(
                 x.into_primitive(),

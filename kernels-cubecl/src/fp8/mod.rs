@@ -10,6 +10,7 @@ pub mod ablation;
 mod cube;
 pub mod e4m3;
 mod flex;
+mod gated;
 mod grouped;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) mod kernel;
@@ -31,6 +32,7 @@ use burn::{
     tensor::{DType, Device, Int, Tensor, TensorData},
 };
 
+pub use gated::gated_grouped_linear;
 pub use grouped::{grouped_linear, segment_tile};
 pub use linear::linear;
 pub use tiles::{ScaleFormat, TILE, Tile};

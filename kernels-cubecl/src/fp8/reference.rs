@@ -44,6 +44,12 @@ pub(super) fn quantize(
     (codes.cast(dtype), scales)
 }
 
+/// The matrix that codes and scales stand for.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(super) fn dequantize(x: &Quantized) -> Tensor<2> {
+    decode(x.codes.clone()) * spread(x.scales.clone(), x.tile, x.codes.dims())
+}
+
 /// The scale of every element of a matrix.
 fn spread(scales: Tensor<2>, tile: Tile, [rows, columns]: [usize; 2]) -> Tensor<2> {
     let [tile_rows, tile_columns] = scales.dims();

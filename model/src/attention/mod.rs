@@ -27,6 +27,7 @@ use crate::{
     init::Initializer,
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
+    recompute::Recompute,
     rope::Rope,
 };
 
@@ -145,6 +146,13 @@ impl Attention {
 
     /// Sets how products with weights are computed.
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        let recompute = Recompute(arithmetic.recompute);
+        self.kv_a_layernorm.recompute = recompute;
+        self.kv_b_proj.recompute = recompute;
+        if let QueryProjection::LowRank(query) = &mut self.query {
+            query.q_a_layernorm.recompute = recompute;
+            query.q_b_proj.recompute = recompute;
+        }
         let others = [&mut self.kv_a_proj_with_mqa, &mut self.kv_b_proj];
         for projection in self.query.projections().into_iter().chain(others) {
             projection.arithmetic = arithmetic;

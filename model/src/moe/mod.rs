@@ -16,7 +16,9 @@ use deepburn_kernels::{
 pub use experts::Experts;
 pub use router::{Router, Routing};
 
-use crate::{config::ModelConfig, init::Initializer, mlp::Mlp, projection::Arithmetic};
+use crate::{
+    config::ModelConfig, init::Initializer, mlp::Mlp, projection::Arithmetic, recompute::Recompute,
+};
 
 /// The feed-forward part of a mixture-of-experts layer.
 #[derive(Module, Debug)]
@@ -27,6 +29,9 @@ pub struct Moe {
     pub experts: Experts,
     /// Shared experts as one feed-forward part of their summed width.
     pub shared_experts: Option<Mlp>,
+    /// Whether what comes in is computed again in the backward pass.
+    #[module(skip)]
+    recompute: Recompute,
 }
 
 /// What a mixture-of-experts layer returns.
@@ -49,12 +54,14 @@ impl Moe {
             experts: Experts::new(config, init.child("experts")),
             shared_experts: (shared > 0)
                 .then(|| Mlp::new(config.hidden_size, shared, init.child("shared_experts"))),
+            recompute: Recompute::default(),
         }
     }
 
     /// Sets how products with the experts' weights are computed.
     pub(crate) fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
         self.experts.arithmetic = arithmetic;
+        self.recompute = Recompute(arithmetic.recompute);
         if let Some(shared) = &mut self.shared_experts {
             shared.set_arithmetic(arithmetic);
         }
@@ -75,7 +82,8 @@ impl Moe {
     /// - `x`: `[B, T, D]`
     pub fn forward(&self, x: Tensor<3>) -> MoeOutput {
         let [batch, length, width] = x.dims();
-        let tokens = x.clone().reshape([batch * length, width]);
+        let rows = [batch * length, width];
+        let tokens = self.recompute.of(x.clone(), |x| x.reshape(rows));
         let routing = self.gate.forward(tokens.clone());
         let order = self.experts.order(routing.chosen.clone());
         let outputs = self.experts.forward(permute(tokens, &order), &order);
