@@ -14,7 +14,7 @@ const LIBRARIES: [&str; 4] = [
 ];
 
 /// Modules that compute on plain data. A path that ends in `/` is a folder.
-const PURE: [&str; 11] = [
+const PURE: [&str; 12] = [
     "kernels-cubecl/src/fp8/e4m3.rs",
     "kernels-cubecl/src/fp8/tiles.rs",
     "model/src/checkpoint/hf_names.rs",
