@@ -5,7 +5,8 @@ use std::{io, ops::ControlFlow, path::PathBuf, process::ExitCode};
 use anyhow::Context;
 use clap::{CommandFactory, builder::NonEmptyStringValueParser, error::ErrorKind};
 use deepburn_infer::{
-    engine::{Engine, Finish, GenerateOptions, Generated},
+    engine::{Engine, Finish, GenerateOptions, Summary},
+    penalties::Penalties,
     sampler::SamplerConfig,
 };
 use deepburn_model::config::ModelConfig;
@@ -87,6 +88,7 @@ impl Args {
         };
         GenerateOptions {
             sampler,
+            penalties: Penalties::default(),
             max_new_tokens: self.max_new_tokens,
             stop: self.stop.clone(),
             add_bos: self.bos,
@@ -126,16 +128,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(error) = failure {
         return Err(error).context("cannot write to standard output");
     }
-    eprint!("{}", statistics(&generated, &engine.config));
+    eprint!("{}", statistics(&generated.summary, &engine.config));
     Ok(ExitCode::SUCCESS)
 }
 
-fn statistics(generated: &Generated, config: &ModelConfig) -> String {
-    let decode = generated
+fn statistics(summary: &Summary, config: &ModelConfig) -> String {
+    let decode = summary
         .decode_tokens_per_second()
         .map(|speed| format!(", {speed:.1} tokens/s"))
         .unwrap_or_default();
-    let finish = match generated.finish {
+    let finish = match summary.finish {
         Finish::EndOfText => "the model ended the text",
         Finish::StopString(_) => "stop text",
         Finish::MaxNewTokens => "--max-new-tokens reached",
@@ -144,9 +146,9 @@ fn statistics(generated: &Generated, config: &ModelConfig) -> String {
     };
     format!(
         "prompt: {} tokens, {:.1} tokens/s\nnew:    {} tokens{decode}\nend:    {finish}\ncache:  {} bytes per token\n",
-        generated.prompt_tokens,
-        generated.prefill_tokens_per_second(),
-        generated.tokens.len(),
+        summary.prompt_tokens,
+        summary.prefill_tokens_per_second(),
+        summary.new_tokens,
         cache_bytes_per_token(config),
     )
 }
@@ -160,6 +162,8 @@ pub(crate) fn cache_bytes_per_token(config: &ModelConfig) -> usize {
 mod tests {
     use std::time::Duration;
 
+    use deepburn_infer::speculation::Drafts;
+
     use super::*;
 
     #[test]
@@ -167,22 +171,24 @@ mod tests {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         let fixture = root.join("tests/fixtures/tiny-yarn");
         let config = deepburn_model::checkpoint::read_config(&fixture).unwrap();
-        let mut generated = Generated {
-            text: String::new(),
-            tokens: vec![0; 5],
-            prompt_tokens: 10,
+        let mut summary = Summary {
             finish: Finish::MaxNewTokens,
+            prompt_tokens: 10,
+            reused_tokens: 0,
+            new_tokens: 5,
+            waited: Duration::ZERO,
             prefill: Duration::from_millis(500),
             decode: Duration::from_secs(8),
+            drafts: Drafts::default(),
         };
         assert_eq!(
-            statistics(&generated, &config),
+            statistics(&summary, &config),
             "prompt: 10 tokens, 20.0 tokens/s\n\
              new:    5 tokens, 0.5 tokens/s\n\
              end:    --max-new-tokens reached\n\
              cache:  384 bytes per token\n"
         );
-        generated.tokens.truncate(1);
-        assert!(statistics(&generated, &config).contains("new:    1 tokens\n"));
+        summary.new_tokens = 1;
+        assert!(statistics(&summary, &config).contains("new:    1 tokens\n"));
     }
 }

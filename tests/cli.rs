@@ -281,7 +281,7 @@ fn generate_reads_the_prompt_from_standard_input() {
     let expected = engine
         .generate(&prompt, &options, &mut |_| ControlFlow::Continue(()))
         .unwrap();
-    assert!(expected.prompt_tokens > 512, "more than one chunk");
+    assert!(expected.summary.prompt_tokens > 512, "more than one chunk");
     assert_eq!(
         String::from_utf8(output.stdout).unwrap(),
         format!("{}\n", expected.text)

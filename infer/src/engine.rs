@@ -17,7 +17,10 @@ use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use crate::{
+    logprobs::TokenInfo,
+    penalties::{Penalties, Seen},
     sampler::{Sampler, SamplerConfig, SamplerError},
+    speculation::Drafts,
     text::{TextError, TextStream},
 };
 
@@ -44,6 +47,8 @@ pub struct Engine {
 pub struct GenerateOptions {
     /// How tokens are chosen.
     pub sampler: SamplerConfig,
+    /// How logits are changed before that.
+    pub penalties: Penalties,
     /// At most this many new tokens.
     pub max_new_tokens: usize,
     /// Strings that end the text where they begin; none of them empty.
@@ -58,10 +63,26 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             sampler: SamplerConfig::default(),
+            penalties: Penalties::default(),
             max_new_tokens: usize::MAX,
             stop: Vec::new(),
             add_bos: false,
             ignore_eos: false,
+        }
+    }
+}
+
+impl GenerateOptions {
+    /// Checks the options that do not depend on a model.
+    ///
+    /// # Errors
+    /// The first that breaks its rule.
+    pub fn validate(&self) -> Result<(), EngineError> {
+        self.sampler.validate()?;
+        self.penalties.validate()?;
+        match self.stop.iter().position(String::is_empty) {
+            Some(index) => Err(TextError::EmptyStop { index }.into()),
+            None => Ok(()),
         }
     }
 }
@@ -88,30 +109,76 @@ pub struct Generated {
     pub text: String,
     /// All tokens that were chosen, an end-of-text token and those of a stop string included.
     pub tokens: Vec<u32>,
-    /// Tokens of the prompt, a beginning-of-text token included.
-    pub prompt_tokens: usize,
+    /// Counts and times.
+    pub summary: Summary,
+}
+
+/// How a text was made.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary {
     /// Why the text ended.
     pub finish: Finish,
-    /// From the prompt's tokens to the logits of the first new token.
+    /// Tokens of the prompt, a beginning-of-text token included.
+    pub prompt_tokens: usize,
+    /// Of those, the ones whose latents were cached already.
+    pub reused_tokens: usize,
+    /// Tokens that were chosen, an end-of-text token and those of a stop string included.
+    pub new_tokens: usize,
+    /// Before the prompt's first step.
+    pub waited: Duration,
+    /// From the prompt's tokens to the first new token.
     pub prefill: Duration,
     /// The rest.
     pub decode: Duration,
+    /// Steps of decoding, and drafted tokens.
+    pub drafts: Drafts,
 }
 
-impl Generated {
+impl Summary {
     /// Speed at which the prompt was read.
     pub fn prefill_tokens_per_second(&self) -> f64 {
-        self.prompt_tokens as f64 / self.prefill.as_secs_f64()
+        (self.prompt_tokens - self.reused_tokens) as f64 / self.prefill.as_secs_f64()
     }
 
     /// Speed of decoding; `None` if there was no step. The first token comes from the prompt's pass and needs none.
     pub fn decode_tokens_per_second(&self) -> Option<f64> {
-        let steps = self
-            .tokens
-            .len()
-            .checked_sub(1)
-            .filter(|&steps| steps > 0)?;
+        let steps = self.new_tokens.checked_sub(1).filter(|&steps| steps > 0)?;
         Some(steps as f64 / self.decode.as_secs_f64())
+    }
+}
+
+/// What a prompt has to fit.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Tokens that a text may have, its prompt included: `max_position_embeddings`.
+    pub longest: usize,
+    /// Tokens in the vocabulary.
+    pub vocab_size: usize,
+}
+
+impl Limits {
+    /// Checks the tokens of a prompt.
+    ///
+    /// # Errors
+    /// No token, too many, or one that the model does not have.
+    pub fn check(&self, prompt: &[u32]) -> Result<(), EngineError> {
+        let Self {
+            longest,
+            vocab_size,
+        } = *self;
+        if prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if prompt.len() >= longest {
+            return Err(EngineError::PromptTooLong {
+                prompt_tokens: prompt.len(),
+                longest,
+            });
+        }
+        match prompt.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(EngineError::UnknownToken { id, vocab_size }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -223,19 +290,36 @@ impl Engine {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, EngineError> {
+        let tokens = self.encode(prompt, options.add_bos)?;
+        self.generate_from(&tokens, options, on_text)
+    }
+
+    /// The tokens of a prompt as it is, after the beginning-of-text token if that is asked for or there is nothing else.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses, or a beginning-of-text token that the model does not have.
+    pub fn encode(&self, prompt: &str, add_bos: bool) -> Result<Vec<u32>, EngineError> {
         let encoding = self
             .tokenizer
             .encode(prompt, false)
             .map_err(EngineError::Encode)?;
         let mut tokens = Vec::new();
-        if options.add_bos {
+        if add_bos {
             tokens.push(self.bos.ok_or(EngineError::NoBos)?);
         }
         tokens.extend(encoding.get_ids());
         if tokens.is_empty() {
             tokens.push(self.bos.ok_or(EngineError::EmptyPrompt)?);
         }
-        self.generate_from(&tokens, options, on_text)
+        Ok(tokens)
+    }
+
+    /// What a prompt has to fit.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            longest: self.config.max_position_embeddings,
+            vocab_size: self.config.vocab_size,
+        }
     }
 
     /// As [`Engine::generate`], from the tokens of a prompt, which are at least one. `add_bos` plays no part.
@@ -248,17 +332,26 @@ impl Engine {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, EngineError> {
-        self.check(prompt)?;
+        self.stream(prompt, options, None, &mut |text, _| match text {
+            "" => ControlFlow::Continue(()),
+            _ => on_text(text),
+        })
+    }
+
+    /// Continues a prompt; tells every token and the text that it decides.
+    pub(crate) fn stream(
+        &self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        logprobs: Option<usize>,
+        on_piece: &mut dyn FnMut(&str, Vec<TokenInfo>) -> ControlFlow<()>,
+    ) -> Result<Generated, EngineError> {
+        self.limits().check(prompt)?;
+        options.validate()?;
         let mut sampler = Sampler::new(options.sampler)?;
         let mut stream = TextStream::new(&self.tokenizer, &options.stop)?;
+        let mut seen = Seen::of_prompt(prompt);
         let mut text = String::new();
-        let mut show = |piece: &str| {
-            text.push_str(piece);
-            match piece {
-                "" => ControlFlow::Continue(()),
-                _ => on_text(piece),
-            }
-        };
 
         let start = Instant::now();
         let mut cache = self.model.new_cache();
@@ -267,7 +360,7 @@ impl Engine {
 
         let start = Instant::now();
         let room = self.config.max_position_embeddings - prompt.len();
-        let mut tokens = Vec::new();
+        let mut tokens: Vec<u32> = Vec::new();
         let finish = loop {
             if tokens.len() == options.max_new_tokens {
                 break Finish::MaxNewTokens;
@@ -278,13 +371,22 @@ impl Engine {
             if let Some(&last) = tokens.last() {
                 logits = self.step(&[last], &mut cache)?;
             }
-            let token = sampler.sample(&logits)?;
+            let mut changed = logits.clone();
+            options.penalties.apply(&mut changed, &seen);
+            let token = sampler.sample(&changed)?;
             tokens.push(token);
+            seen.push(token);
+            let info = match logprobs {
+                Some(top) => TokenInfo::new(token, &logits, top),
+                None => TokenInfo::plain(token),
+            };
             if !options.ignore_eos && self.eos.contains(&token) {
+                let _ = on_piece("", vec![info]);
                 break Finish::EndOfText;
             }
             let piece = stream.push(token)?;
-            if show(&piece.text).is_break() {
+            text.push_str(&piece.text);
+            if on_piece(&piece.text, vec![info]).is_break() {
                 break Finish::Cancelled;
             }
             if let Some(index) = piece.stopped {
@@ -292,35 +394,31 @@ impl Engine {
             }
         };
         let rest = stream.finish()?;
-        if finish != Finish::Cancelled {
+        text.push_str(&rest);
+        if finish != Finish::Cancelled && !rest.is_empty() {
             // The text is over: whether the receiver wants more makes no difference.
-            let _ = show(&rest);
+            let _ = on_piece(&rest, Vec::new());
         }
+        let steps = tokens.len().saturating_sub(1) as u64;
+        let summary = Summary {
+            finish,
+            prompt_tokens: prompt.len(),
+            reused_tokens: 0,
+            new_tokens: tokens.len(),
+            waited: Duration::ZERO,
+            prefill,
+            decode: start.elapsed(),
+            drafts: Drafts {
+                steps,
+                tokens: steps,
+                ..Drafts::default()
+            },
+        };
         Ok(Generated {
             text,
             tokens,
-            prompt_tokens: prompt.len(),
-            finish,
-            prefill,
-            decode: start.elapsed(),
+            summary,
         })
-    }
-
-    fn check(&self, prompt: &[u32]) -> Result<(), EngineError> {
-        let (longest, vocab_size) = (self.config.max_position_embeddings, self.config.vocab_size);
-        if prompt.is_empty() {
-            return Err(EngineError::EmptyPrompt);
-        }
-        if prompt.len() >= longest {
-            return Err(EngineError::PromptTooLong {
-                prompt_tokens: prompt.len(),
-                longest,
-            });
-        }
-        match prompt.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(&id) => Err(EngineError::UnknownToken { id, vocab_size }),
-            None => Ok(()),
-        }
     }
 
     /// Reads the prompt into the cache; the logits after its last token.
@@ -491,7 +589,7 @@ mod tests {
             })
             .unwrap();
         assert_eq!(generated.text, shown);
-        assert_eq!(generated.prompt_tokens, prompt.len());
+        assert_eq!(generated.summary.prompt_tokens, prompt.len());
         generated
     }
 
@@ -512,14 +610,15 @@ mod tests {
         };
         let generated = run(&engine, &prompt, &options);
         assert_eq!(generated.tokens, expected);
-        assert_eq!(generated.finish, Finish::MaxNewTokens);
+        assert_eq!(generated.summary.finish, Finish::MaxNewTokens);
         assert_eq!(
             generated.text,
             engine.tokenizer.decode(&expected, true).unwrap()
         );
-        assert!(generated.decode_tokens_per_second().is_some());
+        assert!(generated.summary.decode_tokens_per_second().is_some());
         assert!(
             run(&engine, &prompt, &at_most(1))
+                .summary
                 .decode_tokens_per_second()
                 .is_none()
         );
@@ -558,7 +657,7 @@ mod tests {
         );
         let engine = open(dir.path());
         let ended = run(&engine, &prompt, &at_most(32));
-        assert_eq!(ended.finish, Finish::EndOfText);
+        assert_eq!(ended.summary.finish, Finish::EndOfText);
         assert_eq!(ended.tokens, expected[..6]);
 
         let dir = changed(json!({ "eos_token_id": expected[5] }), json!(null));
@@ -574,14 +673,14 @@ mod tests {
         let dir = changed(json!({ "max_position_embeddings": 60 }), json!(null));
         let engine = open(dir.path());
         let full = run(&engine, &prompt, &GenerateOptions::default());
-        assert_eq!(full.finish, Finish::ContextFull);
+        assert_eq!(full.summary.finish, Finish::ContextFull);
         assert_eq!(full.tokens, expected[..12]);
         let stopping = GenerateOptions {
             stop: vec!["never".into(), "inL".into()],
             ..GenerateOptions::default()
         };
         let stopped = run(&engine, &prompt, &stopping);
-        assert_eq!(stopped.finish, Finish::StopString(1));
+        assert_eq!(stopped.summary.finish, Finish::StopString(1));
         assert_eq!(stopped.text, full.text.split_once("inL").unwrap().0);
 
         let mut pieces = 0;
@@ -591,7 +690,7 @@ mod tests {
                 ControlFlow::Break(())
             })
             .unwrap();
-        assert_eq!((cancelled.finish, pieces), (Finish::Cancelled, 1));
+        assert_eq!((cancelled.summary.finish, pieces), (Finish::Cancelled, 1));
     }
 
     #[test]
@@ -604,7 +703,7 @@ mod tests {
                 ..at_most(1)
             };
             let generated = engine.generate(prompt, &options, &mut ignore).unwrap();
-            generated.prompt_tokens
+            generated.summary.prompt_tokens
         };
         // `tokenizer_cases.json` has the twelve tokens.
         assert_eq!(tokens("Hello, world!", false), 12);

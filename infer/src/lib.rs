@@ -3,5 +3,9 @@
 //! Start reading at [`engine`].
 
 pub mod engine;
+pub mod logprobs;
+pub mod penalties;
 pub mod sampler;
+pub mod service;
+pub mod speculation;
 pub mod text;
