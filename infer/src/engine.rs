@@ -1,14 +1,13 @@
-//! Text from a checkpoint: the prompt in chunks, then one token at a time over the latent cache.
+//! Text from a checkpoint: a model with its tokenizer, and what can be asked of it. How it is done is in [`batch`].
 
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use burn::tensor::{Device, ExecutionError, Int, Tensor, TensorData};
+use burn::tensor::{Device, ExecutionError};
 use deepburn_model::{
-    attention::LatentCache,
     checkpoint::{self, CheckpointError},
     config::ModelConfig,
     transformer::Transformer,
@@ -17,15 +16,12 @@ use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use crate::{
-    logprobs::TokenInfo,
-    penalties::{Penalties, Seen},
-    sampler::{Sampler, SamplerConfig, SamplerError},
+    batch::{self, BatchConfig, Request},
+    penalties::Penalties,
+    sampler::{SamplerConfig, SamplerError},
     speculation::Drafts,
-    text::{TextError, TextStream},
+    text::TextError,
 };
-
-/// Prompt tokens per pass: bounds the memory for attention scores, T times S numbers per head.
-const PREFILL_CHUNK: usize = 512;
 
 /// A model with its tokenizer, ready to continue texts.
 #[derive(Debug)]
@@ -38,8 +34,8 @@ pub struct Engine {
     pub tokenizer: Tokenizer,
     /// Where the model is.
     pub device: Device,
-    bos: Option<u32>,
-    eos: Vec<u32>,
+    pub(crate) bos: Option<u32>,
+    pub(crate) eos: Vec<u32>,
 }
 
 /// How a text is continued. The default is greedy, without a limit but the context.
@@ -150,13 +146,22 @@ impl Summary {
 /// What a prompt has to fit.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Tokens that a text may have, its prompt included: `max_position_embeddings`.
+    /// Tokens that a text may have, its prompt included: `max_position_embeddings`, or what the cache can hold.
     pub longest: usize,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
 }
 
 impl Limits {
+    /// The same with a cache of so many tokens.
+    #[must_use]
+    pub fn within(self, cached_tokens: usize) -> Self {
+        Self {
+            longest: self.longest.min(cached_tokens),
+            ..self
+        }
+    }
+
     /// Checks the tokens of a prompt.
     ///
     /// # Errors
@@ -225,12 +230,13 @@ pub enum EngineError {
     NoBos,
     /// The prompt and one new token are longer than the longest sequence.
     #[error(
-        "the prompt has {prompt_tokens} tokens: it must be shorter than max_position_embeddings = {longest}"
+        "the prompt has {prompt_tokens} tokens: it must be shorter than {longest}, the least of max_position_embeddings and \
+         the cached tokens"
     )]
     PromptTooLong {
         /// Its tokens.
         prompt_tokens: usize,
-        /// `max_position_embeddings`
+        /// What it has to be shorter than.
         longest: usize,
     },
     /// A prompt's token is not of this model.
@@ -250,6 +256,20 @@ pub enum EngineError {
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(ExecutionError),
+    /// A context that the model does not have.
+    #[error("a context of {context} tokens: must be 1 to max_position_embeddings = {longest}")]
+    Context {
+        /// What was asked for.
+        context: usize,
+        /// `max_position_embeddings`
+        longest: usize,
+    },
+    /// Nothing to predict.
+    #[error("the text must have at least two tokens, so that one can be predicted")]
+    TooShort,
+    /// A pass of the model failed, for this text and those that were computed with it.
+    #[error("a step of the model failed: {0}")]
+    Step(String),
 }
 
 impl Engine {
@@ -332,123 +352,17 @@ impl Engine {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, EngineError> {
-        self.stream(prompt, options, None, &mut |text, _| match text {
-            "" => ControlFlow::Continue(()),
-            _ => on_text(text),
-        })
-    }
-
-    /// Continues a prompt; tells every token and the text that it decides.
-    pub(crate) fn stream(
-        &self,
-        prompt: &[u32],
-        options: &GenerateOptions,
-        logprobs: Option<usize>,
-        on_piece: &mut dyn FnMut(&str, Vec<TokenInfo>) -> ControlFlow<()>,
-    ) -> Result<Generated, EngineError> {
-        self.limits().check(prompt)?;
-        options.validate()?;
-        let mut sampler = Sampler::new(options.sampler)?;
-        let mut stream = TextStream::new(&self.tokenizer, &options.stop)?;
-        let mut seen = Seen::of_prompt(prompt);
-        let mut text = String::new();
-
-        let start = Instant::now();
-        let mut cache = self.model.new_cache();
-        let mut logits = self.prefill(prompt, PREFILL_CHUNK, &mut cache)?;
-        let prefill = start.elapsed();
-
-        let start = Instant::now();
-        let room = self.config.max_position_embeddings - prompt.len();
-        let mut tokens: Vec<u32> = Vec::new();
-        let finish = loop {
-            if tokens.len() == options.max_new_tokens {
-                break Finish::MaxNewTokens;
-            }
-            if tokens.len() == room {
-                break Finish::ContextFull;
-            }
-            if let Some(&last) = tokens.last() {
-                logits = self.step(&[last], &mut cache)?;
-            }
-            let mut changed = logits.clone();
-            options.penalties.apply(&mut changed, &seen);
-            let token = sampler.sample(&changed)?;
-            tokens.push(token);
-            seen.push(token);
-            let info = match logprobs {
-                Some(top) => TokenInfo::new(token, &logits, top),
-                None => TokenInfo::plain(token),
-            };
-            if !options.ignore_eos && self.eos.contains(&token) {
-                let _ = on_piece("", vec![info]);
-                break Finish::EndOfText;
-            }
-            let piece = stream.push(token)?;
-            text.push_str(&piece.text);
-            if on_piece(&piece.text, vec![info]).is_break() {
-                break Finish::Cancelled;
-            }
-            if let Some(index) = piece.stopped {
-                break Finish::StopString(index);
-            }
+        let config = BatchConfig {
+            max_batch: 1,
+            cached_tokens: self.config.max_position_embeddings,
+            ..BatchConfig::default()
         };
-        let rest = stream.finish()?;
-        text.push_str(&rest);
-        if finish != Finish::Cancelled && !rest.is_empty() {
-            // The text is over: whether the receiver wants more makes no difference.
-            let _ = on_piece(&rest, Vec::new());
-        }
-        let steps = tokens.len().saturating_sub(1) as u64;
-        let summary = Summary {
-            finish,
-            prompt_tokens: prompt.len(),
-            reused_tokens: 0,
-            new_tokens: tokens.len(),
-            waited: Duration::ZERO,
-            prefill,
-            decode: start.elapsed(),
-            drafts: Drafts {
-                steps,
-                tokens: steps,
-                ..Drafts::default()
-            },
+        let request = Request {
+            prompt: prompt.to_vec(),
+            options: options.clone(),
+            logprobs: None,
         };
-        Ok(Generated {
-            text,
-            tokens,
-            summary,
-        })
-    }
-
-    /// Reads the prompt into the cache; the logits after its last token.
-    fn prefill(
-        &self,
-        prompt: &[u32],
-        chunk: usize,
-        cache: &mut LatentCache,
-    ) -> Result<Vec<f32>, EngineError> {
-        let last = (prompt.len() - 1) / chunk * chunk;
-        for tokens in prompt[..last].chunks(chunk) {
-            self.model.forward_cached(self.tensor(tokens), cache);
-        }
-        self.step(&prompt[last..], cache)
-    }
-
-    /// Adds tokens to the cache; the logits after the last of them, the only one that the head is applied to.
-    ///
-    /// # Shapes
-    /// - result: `[W]`
-    fn step(&self, tokens: &[u32], cache: &mut LatentCache) -> Result<Vec<f32>, EngineError> {
-        let hidden = self.model.forward_cached(self.tensor(tokens), cache).hidden; // [1, T, D]
-        let logits = self.model.logits(hidden.narrow(1, tokens.len() - 1, 1)); // [1, 1, W]
-        let data = logits.try_into_data().map_err(EngineError::Device)?;
-        Ok(data.iter::<f32>().collect())
-    }
-
-    fn tensor(&self, tokens: &[u32]) -> Tensor<2, Int> {
-        let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
-        Tensor::from_data(TensorData::new(ids, [1, tokens.len()]), &self.device)
+        batch::generate(self, config, request, on_text)
     }
 }
 
@@ -625,28 +539,6 @@ mod tests {
         assert!(run(&engine, &prompt, &at_most(0)).tokens.is_empty());
     }
 
-    /// Logits differ by rounding only, at most by `tolerance::LOGITS_YARN` of the parity tests.
-    #[test]
-    fn a_prompt_in_chunks_gives_the_logits_of_the_whole() {
-        let (prompt, new) = reference();
-        let prompt = [prompt, new].concat();
-        let engine = open(&fixture());
-        let logits = |chunk| {
-            let mut cache = engine.model.new_cache();
-            let logits = engine.prefill(&prompt, chunk, &mut cache).unwrap();
-            assert_eq!(cache.len(), prompt.len());
-            logits
-        };
-        let whole = logits(prompt.len());
-        assert_eq!(whole.len(), 512);
-        // 40 divides the 80 tokens, 33 does not.
-        for chunk in [40, 33, 1] {
-            let pairs = logits(chunk).into_iter().zip(&whole);
-            let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(worst < 5e-5, "chunks of {chunk}: off by {worst:e}");
-        }
-    }
-
     #[test]
     fn texts_end_for_the_first_reason_there_is() {
         let (prompt, expected) = reference();
@@ -741,7 +633,7 @@ mod tests {
         };
         assert_eq!(
             refused_prompt(&[5; 12]),
-            "the prompt has 12 tokens: it must be shorter than max_position_embeddings = 12"
+            "the prompt has 12 tokens: it must be shorter than 12, the least of max_position_embeddings and the cached tokens"
         );
         assert_eq!(
             refused_prompt(&[5, 512]),

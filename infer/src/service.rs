@@ -14,9 +14,13 @@ use tokenizers::Tokenizer;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::{
-    engine::{Engine, EngineError, GenerateOptions, Limits, Summary},
-    logprobs::TokenInfo,
-    speculation::{Drafts, Speculation},
+    batch::{Batch, BatchConfig, Listener},
+    engine::{Engine, EngineError, Limits},
+    speculation::Drafts,
+};
+pub use crate::{
+    batch::{Event, Request},
+    speculation::{Speculation, SpeculationState},
 };
 
 /// How texts are served.
@@ -46,15 +50,16 @@ impl Default for ServiceConfig {
     }
 }
 
-/// A text to continue.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// Its tokens, at least one; see [`Engine::encode`]. `add_bos` of the options plays no part.
-    pub prompt: Vec<u32>,
-    /// How it is continued.
-    pub options: GenerateOptions,
-    /// Whether pieces tell the probability of their tokens, and of how many others.
-    pub logprobs: Option<usize>,
+impl ServiceConfig {
+    fn batch(&self) -> BatchConfig {
+        BatchConfig {
+            max_batch: self.max_batch,
+            cached_tokens: self.cached_tokens,
+            prefill_chunk: self.prefill_chunk,
+            speculate: self.speculate,
+            ..BatchConfig::default()
+        }
+    }
 }
 
 /// Why a request is not accepted.
@@ -74,22 +79,6 @@ pub enum SubmitError {
     /// The service was shut down.
     #[error("the service was shut down")]
     Stopped,
-}
-
-/// What happens to a text, in order; [`Event::Finished`] or [`Event::Failed`] is the last.
-#[derive(Debug)]
-pub enum Event {
-    /// New tokens, and the text that they decide: it may be empty, as a token may end inside a character.
-    Piece {
-        /// New text.
-        text: String,
-        /// New tokens.
-        tokens: Vec<TokenInfo>,
-    },
-    /// The text ended.
-    Finished(Summary),
-    /// It could not go on.
-    Failed(EngineError),
 }
 
 /// A submitted request's events. Dropping it ends the work for it.
@@ -150,32 +139,6 @@ pub struct Statistics {
     pub speculation: SpeculationState,
 }
 
-/// Whether tokens are drafted.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum SpeculationState {
-    /// It was not asked for.
-    #[default]
-    Off,
-    /// The model has no prediction modules.
-    NoModules,
-    /// So many tokens per step.
-    On {
-        /// Drafted tokens per step.
-        depth: usize,
-    },
-    /// It is being measured whether it pays.
-    Measuring,
-    /// Measured, in seconds per new token.
-    Measured {
-        /// Whether it goes on.
-        kept: bool,
-        /// With drafts.
-        with: f64,
-        /// Without.
-        without: f64,
-    },
-}
-
 /// A handle on the thread that serves. The last one dropped shuts it down.
 #[derive(Clone, Debug)]
 pub struct Service(Arc<Handle>);
@@ -222,7 +185,7 @@ impl Service {
             config,
             model: engine.config.clone(),
             tokenizer: engine.tokenizer.clone(),
-            limits: engine.limits(),
+            limits: engine.limits().within(config.cached_tokens),
             inbox: Mutex::default(),
             wake: Condvar::new(),
             statistics: Mutex::default(),
@@ -305,23 +268,6 @@ impl Shared {
         lock(&self.inbox).stopped = true;
         self.wake.notify_all();
     }
-
-    /// The next request; waits for one. `None` when stopped.
-    fn next(&self) -> Option<Submission> {
-        let mut inbox = lock(&self.inbox);
-        loop {
-            if let Some(submission) = inbox.waiting.pop_front() {
-                return Some(submission);
-            }
-            if inbox.stopped {
-                return None;
-            }
-            inbox = self
-                .wake
-                .wait(inbox)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
 }
 
 /// Data behind these locks is whole between any two statements, so a panic elsewhere does not spoil it.
@@ -329,52 +275,135 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn serve(engine: &Engine, shared: &Shared) {
-    while let Some(submission) = shared.next() {
-        if submission.events.is_closed() {
-            continue;
-        }
-        lock(&shared.statistics).running = 1;
-        let waited = submission.at.elapsed();
-        let start = Instant::now();
-        let Request {
-            prompt,
-            options,
-            logprobs,
-        } = submission.request;
-        let result = engine.stream(&prompt, &options, logprobs, &mut |text, tokens| {
-            let piece = Event::Piece {
-                text: text.to_owned(),
-                tokens,
-            };
-            match submission.events.send(piece) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            }
-        });
-        let last = match result {
-            Ok(generated) => {
-                record(shared, &generated.summary, start.elapsed());
-                Event::Finished(Summary {
-                    waited,
-                    ..generated.summary
-                })
-            }
-            Err(error) => Event::Failed(error),
-        };
-        // Nobody may be listening any more.
-        let _ = submission.events.send(last);
-        lock(&shared.statistics).running = 0;
+/// Refuses everything once the thread ends, for whatever reason: tickets without a last event end, and none is added.
+struct Closing<'a>(&'a Shared);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        let mut inbox = lock(&self.0.inbox);
+        inbox.stopped = true;
+        inbox.waiting.clear();
     }
 }
 
-fn record(shared: &Shared, summary: &Summary, took: Duration) {
-    let mut statistics = lock(&shared.statistics);
-    statistics.finished += 1;
-    statistics.prompt_tokens += summary.prompt_tokens as u64;
-    statistics.new_tokens += summary.new_tokens as u64;
-    statistics.tokens_per_second = summary.new_tokens as f64 / took.as_secs_f64().max(1e-9);
-    statistics.drafts += summary.drafts;
+struct Mail(UnboundedSender<Event>);
+
+impl Listener for Mail {
+    fn tell(&mut self, event: Event) -> ControlFlow<()> {
+        match self.0.send(event) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+fn serve(engine: &Engine, shared: &Shared) {
+    /// How often statistics are renewed: expert loads are read from the device.
+    const OFTEN: Duration = Duration::from_millis(250);
+    let _closing = Closing(shared);
+    let mut batch = Batch::new(engine, shared.config.batch());
+    let mut speed = Speed::default();
+    let mut published = Instant::now();
+    loop {
+        if !admit(&mut batch, shared, &mut speed) {
+            return;
+        }
+        batch.step();
+        if published.elapsed() >= OFTEN || batch.is_idle() {
+            published = Instant::now();
+            publish(&mut batch, shared, &mut speed);
+        }
+    }
+}
+
+/// Hands waiting requests to the batch; sleeps while there is nothing to do. `false` when stopped and idle.
+fn admit<'e>(batch: &mut Batch<'e>, shared: &Shared, speed: &mut Speed) -> bool {
+    let mut inbox = lock(&shared.inbox);
+    loop {
+        inbox.waiting.retain(|s| !s.events.is_closed());
+        while batch.has_place() {
+            let Some(Submission {
+                request,
+                events,
+                at,
+            }) = inbox.waiting.pop_front()
+            else {
+                break;
+            };
+            let mail = Box::new(Mail(events.clone()));
+            if let Err(error) = batch.add_submitted(request, mail, at) {
+                // Nobody may be listening any more.
+                let _ = events.send(Event::Failed(error));
+            }
+        }
+        if !batch.is_idle() {
+            return true;
+        }
+        if inbox.stopped {
+            return false;
+        }
+        speed.pause();
+        inbox = (shared.wake.wait(inbox)).unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+fn publish(batch: &mut Batch<'_>, shared: &Shared, speed: &mut Speed) {
+    let Ok(totals) = batch.totals() else {
+        // The texts in progress are told of a device that fails.
+        return;
+    };
+    let (cached_tokens, cache_capacity) = batch.cached_tokens();
+    *lock(&shared.statistics) = Statistics {
+        running: batch.running(),
+        waiting: 0,
+        finished: totals.finished,
+        prompt_tokens: totals.prompt_tokens,
+        reused_tokens: totals.reused_tokens,
+        new_tokens: totals.new_tokens,
+        tokens_per_second: speed.of(totals.new_tokens),
+        cached_tokens,
+        cache_capacity,
+        cache_bytes_per_token: shared.model.cache_bytes_per_token(),
+        prefix_hits: totals.prefix_hits,
+        expert_loads: totals.expert_loads,
+        drafts: totals.drafts,
+        speculation: batch.speculation(),
+    };
+}
+
+/// Counts of the last seconds.
+#[derive(Default)]
+struct Speed(VecDeque<(Instant, u64)>);
+
+impl Speed {
+    /// The rate at which a count that is now `total` grew over the last seconds.
+    fn of(&mut self, total: u64) -> f64 {
+        const SECONDS: Duration = Duration::from_secs(5);
+        let now = Instant::now();
+        self.0.push_back((now, total));
+        while self.0.len() > 2 && now.duration_since(self.0[0].0) > SECONDS {
+            self.0.pop_front();
+        }
+        let (first, before) = self.0[0];
+        let seconds = now.duration_since(first).as_secs_f64();
+        if seconds > 0.0 {
+            (total - before) as f64 / seconds
+        } else {
+            0.0
+        }
+    }
+
+    /// Nothing happens for a while: what was before says nothing of what comes.
+    fn pause(&mut self) {
+        if let Some((_, total)) = self.0.pop_back() {
+            self.0.clear();
+            self.0.push_back((Instant::now(), total));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -384,7 +413,7 @@ mod tests {
     use burn::tensor::Device;
 
     use super::*;
-    use crate::engine::Finish;
+    use crate::engine::{Finish, GenerateOptions, Summary};
 
     fn service(config: ServiceConfig) -> Service {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
@@ -432,7 +461,12 @@ mod tests {
             assert_eq!((summary.new_tokens, summary.prompt_tokens), (n, 3));
             assert_eq!(summary.finish, Finish::MaxNewTokens);
         }
-        let statistics = service.statistics();
+        let statistics = loop {
+            match service.statistics() {
+                statistics if statistics.finished == 4 => break statistics,
+                _ => thread::yield_now(),
+            }
+        };
         assert_eq!((statistics.finished, statistics.new_tokens), (4, 10));
         assert_eq!((statistics.prompt_tokens, statistics.waiting), (12, 0));
     }

@@ -37,6 +37,32 @@ impl Drafts {
     }
 }
 
+/// Whether tokens are drafted.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum SpeculationState {
+    /// It was not asked for.
+    #[default]
+    Off,
+    /// The model has no prediction modules.
+    NoModules,
+    /// So many tokens per step.
+    On {
+        /// Drafted tokens per step.
+        depth: usize,
+    },
+    /// It is being measured whether it pays.
+    Measuring,
+    /// Measured, in seconds per new token.
+    Measured {
+        /// Whether it goes on.
+        kept: bool,
+        /// With drafts.
+        with: f64,
+        /// Without.
+        without: f64,
+    },
+}
+
 impl std::ops::AddAssign for Drafts {
     fn add_assign(&mut self, other: Self) {
         self.steps += other.steps;
