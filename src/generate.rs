@@ -1,18 +1,21 @@
-//! `deepburn generate`: continues a text.
+//! `deepburn generate`: continues a text, or many.
 
-use std::{io, ops::ControlFlow, path::PathBuf, process::ExitCode};
+use std::{fs, io, ops::ControlFlow, path::PathBuf, process::ExitCode, str::FromStr};
 
 use anyhow::Context;
 use clap::{CommandFactory, builder::NonEmptyStringValueParser, error::ErrorKind};
 use deepburn_infer::{
-    engine::{Engine, Finish, GenerateOptions, Generated},
+    batch::{self, BatchConfig, Request},
+    engine::{Engine, Finish, GenerateOptions, Summary},
+    penalties::Penalties,
     sampler::SamplerConfig,
+    speculation::Speculation,
 };
 use deepburn_model::config::ModelConfig;
 
-use crate::{device::DeviceSpec, model_dir, print_now};
+use crate::{device::DeviceSpec, generate_many, model_dir, print_now};
 
-/// Continue a text with a model.
+/// Continue a text, or many, with a model.
 ///
 /// The new text goes to standard output as it is generated, without the prompt; statistics go to standard error.
 /// The same model, prompt, options and seed give the same text.
@@ -22,9 +25,25 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
 
-    /// Text to continue; `-` reads standard input, "" starts from the beginning-of-text token
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    prompt: String,
+    #[command(flatten)]
+    input: Input,
+
+    /// Where the texts of --batch go, a JSON object per line in the order of the prompts
+    #[arg(long, value_name = "OUT.jsonl", requires = "batch")]
+    output: Option<PathBuf>,
+
+    /// Texts of --batch that are continued together
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "batch", value_parser = positive)]
+    max_batch: usize,
+
+    /// Tokens whose latents are held for all texts together; texts wait for room. For one text: the whole context
+    #[arg(long, value_name = "N", requires = "batch", value_parser = positive)]
+    cached_tokens: Option<usize>,
+
+    /// Draft tokens with the model's prediction modules: off, so many per step, or auto, as many as there are modules
+    /// while that is measured to be faster. What is drafted changes no greedy text and no distribution
+    #[arg(long, value_name = "off|auto|K", default_value = "off")]
+    speculate: SpeculationSpec,
 
     /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value_t)]
@@ -55,7 +74,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
 
-    /// Seed of the random choices
+    #[command(flatten)]
+    penalties: PenaltyArgs,
+
+    /// Seed of the random choices; text n of --batch, from 0, has this plus n
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
@@ -76,6 +98,103 @@ pub(crate) struct Args {
     bos: bool,
 }
 
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Input {
+    /// Text to continue; `-` reads standard input, "" starts from the beginning-of-text token
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+
+    /// File whose text is continued
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+
+    /// File of prompts to continue together: a JSON object per line with `prompt`, and as one likes `id`,
+    /// `max_new_tokens`, `temperature` and `seed`
+    #[arg(long, value_name = "IN.jsonl", requires = "output")]
+    batch: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct PenaltyArgs {
+    /// Divide positive logits of tokens that were there already by P, multiply negative ones
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
+    repetition_penalty: f32,
+
+    /// Subtract P from a token's logit for each time it is in the new text
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
+    frequency_penalty: f32,
+
+    /// Subtract P from the logits of tokens in the new text
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
+    presence_penalty: f32,
+
+    /// Add B to the logit of a token; may be given several times
+    #[arg(long, value_name = "TOKEN=B", value_parser = bias, allow_hyphen_values = true)]
+    logit_bias: Vec<(u32, f32)>,
+}
+
+/// The value of `--speculate`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpeculationSpec(pub(crate) Speculation);
+
+impl FromStr for SpeculationSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self(Speculation::Off)),
+            "auto" => Ok(Self(Speculation::Auto)),
+            _ => match text.parse() {
+                Ok(depth @ 1..=64) => Ok(Self(Speculation::Depth(depth))),
+                _ => Err(format!("must be off, auto or 1 to 64; found {text:?}")),
+            },
+        }
+    }
+}
+
+impl SpeculationSpec {
+    /// What was asked for, if the model can do it.
+    pub(crate) fn for_model(self, config: &ModelConfig) -> anyhow::Result<Speculation> {
+        if matches!(self.0, Speculation::Depth(_)) && config.num_nextn_predict_layers == 0 {
+            anyhow::bail!(
+                "--speculate: this model has no prediction modules (num_nextn_predict_layers = 0)"
+            );
+        }
+        Ok(self.0)
+    }
+}
+
+/// A number from 1.
+pub(crate) fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("must be a whole number from 1".into()),
+        Ok(number) => Ok(number),
+    }
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let parsed = text
+        .split_once('=')
+        .and_then(|(token, bias)| Some((token.trim().parse().ok()?, bias.trim().parse().ok()?)));
+    parsed.ok_or_else(|| format!("must be TOKEN=B, such as 13=-2.5; found {text:?}"))
+}
+
 impl Args {
     fn options(&self) -> GenerateOptions {
         let sampler = SamplerConfig {
@@ -87,6 +206,12 @@ impl Args {
         };
         GenerateOptions {
             sampler,
+            penalties: Penalties {
+                repetition: self.penalties.repetition_penalty,
+                frequency: self.penalties.frequency_penalty,
+                presence: self.penalties.presence_penalty,
+                bias: self.penalties.logit_bias.iter().copied().collect(),
+            },
             max_new_tokens: self.max_new_tokens,
             stop: self.stop.clone(),
             add_bos: self.bos,
@@ -98,23 +223,46 @@ impl Args {
 /// Runs the subcommand.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let options = args.options();
-    if let Err(error) = options.sampler.validate() {
+    if let Err(error) = options.validate() {
         crate::Cli::command()
             .error(ErrorKind::ValueValidation, error)
             .exit();
     }
     let dir = model_dir::resolve(&args.model)?;
     let device = args.device.open()?;
-    let prompt = match args.prompt.as_str() {
-        "-" => {
+    let prompt = match (&args.input.prompt, &args.input.file) {
+        (Some(text), _) if text == "-" => {
             io::read_to_string(io::stdin()).context("cannot read the prompt from standard input")?
         }
-        text => text.to_owned(),
+        (Some(text), _) => text.clone(),
+        (None, Some(file)) => {
+            fs::read_to_string(file).with_context(|| file.display().to_string())?
+        }
+        (None, None) => String::new(),
     };
+    let prompts = args.input.batch.as_deref();
+    let prompts = prompts.map(generate_many::read).transpose()?;
     let engine = Engine::open(&dir, &device)?;
+    let mut config = BatchConfig {
+        speculate: args.speculate.for_model(&engine.config)?,
+        ..BatchConfig::default()
+    };
+    if let (Some(prompts), Some(output)) = (prompts, &args.output) {
+        config.max_batch = args.max_batch;
+        config.cached_tokens = args.cached_tokens.unwrap_or(config.cached_tokens);
+        generate_many::run(&engine, config, (&prompts, &options), output)?;
+        return Ok(ExitCode::SUCCESS);
+    }
 
+    config.max_batch = 1;
+    config.cached_tokens = engine.config.max_position_embeddings;
+    let request = Request {
+        prompt: engine.encode(&prompt, options.add_bos)?,
+        options,
+        logprobs: None,
+    };
     let mut failure = None;
-    let generated = engine.generate(&prompt, &options, &mut |text| {
+    let generated = batch::generate(&engine, config, request, &mut |text| {
         print_now(text).unwrap_or_else(|error| {
             failure = Some(error);
             ControlFlow::Break(())
@@ -126,63 +274,96 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(error) = failure {
         return Err(error).context("cannot write to standard output");
     }
-    eprint!("{}", statistics(&generated, &engine.config));
+    eprint!("{}", statistics(&generated.summary, &engine.config));
     Ok(ExitCode::SUCCESS)
 }
 
-fn statistics(generated: &Generated, config: &ModelConfig) -> String {
-    let decode = generated
+fn statistics(summary: &Summary, config: &ModelConfig) -> String {
+    let decode = summary
         .decode_tokens_per_second()
         .map(|speed| format!(", {speed:.1} tokens/s"))
         .unwrap_or_default();
-    let finish = match generated.finish {
+    let finish = match summary.finish {
         Finish::EndOfText => "the model ended the text",
         Finish::StopString(_) => "stop text",
         Finish::MaxNewTokens => "--max-new-tokens reached",
         Finish::ContextFull => "the context (max_position_embeddings) is full",
         Finish::Cancelled => "nobody reads the output",
     };
+    let drafts = summary
+        .drafts
+        .acceptance()
+        .zip(summary.drafts.tokens_per_step());
+    let drafts = drafts.map_or(String::new(), |(acceptance, tokens)| {
+        format!(
+            "drafts: {} of {} accepted ({:.1}%), {tokens:.2} tokens per step\n",
+            summary.drafts.accepted,
+            summary.drafts.drafted,
+            100.0 * acceptance
+        )
+    });
     format!(
-        "prompt: {} tokens, {:.1} tokens/s\nnew:    {} tokens{decode}\nend:    {finish}\ncache:  {} bytes per token\n",
-        generated.prompt_tokens,
-        generated.prefill_tokens_per_second(),
-        generated.tokens.len(),
-        cache_bytes_per_token(config),
+        "prompt: {} tokens, {:.1} tokens/s\nnew:    {} tokens{decode}\n{drafts}end:    {finish}\ncache:  {} bytes per token\n",
+        summary.prompt_tokens,
+        summary.prefill_tokens_per_second(),
+        summary.new_tokens,
+        config.cache_bytes_per_token(),
     )
-}
-
-/// Latents and shared keys of all layers, in single precision.
-pub(crate) fn cache_bytes_per_token(config: &ModelConfig) -> usize {
-    config.num_hidden_layers * config.cache_width() * size_of::<f32>()
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
+    use deepburn_infer::speculation::Drafts;
+
     use super::*;
 
     #[test]
-    fn statistics_tell_speeds_and_the_reason_of_the_end() {
+    fn statistics_tell_speeds_drafts_and_the_reason_of_the_end() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         let fixture = root.join("tests/fixtures/tiny-yarn");
         let config = deepburn_model::checkpoint::read_config(&fixture).unwrap();
-        let mut generated = Generated {
-            text: String::new(),
-            tokens: vec![0; 5],
-            prompt_tokens: 10,
+        let mut summary = Summary {
             finish: Finish::MaxNewTokens,
+            prompt_tokens: 10,
+            reused_tokens: 0,
+            new_tokens: 5,
+            waited: Duration::ZERO,
             prefill: Duration::from_millis(500),
             decode: Duration::from_secs(8),
+            drafts: Drafts::default(),
         };
         assert_eq!(
-            statistics(&generated, &config),
+            statistics(&summary, &config),
             "prompt: 10 tokens, 20.0 tokens/s\n\
              new:    5 tokens, 0.5 tokens/s\n\
              end:    --max-new-tokens reached\n\
              cache:  384 bytes per token\n"
         );
-        generated.tokens.truncate(1);
-        assert!(statistics(&generated, &config).contains("new:    1 tokens\n"));
+        summary.drafts = Drafts {
+            steps: 2,
+            tokens: 4,
+            drafted: 3,
+            accepted: 2,
+        };
+        let drafts = "drafts: 2 of 3 accepted (66.7%), 2.00 tokens per step\n";
+        assert!(statistics(&summary, &config).contains(drafts));
+        summary.new_tokens = 1;
+        assert!(statistics(&summary, &config).contains("new:    1 tokens\n"));
+    }
+
+    #[test]
+    fn values_are_read_or_refused_with_what_they_must_be() {
+        let speculation = |text: &str| text.parse::<SpeculationSpec>().map(|spec| spec.0);
+        assert_eq!(speculation("off"), Ok(Speculation::Off));
+        assert_eq!(speculation("auto"), Ok(Speculation::Auto));
+        assert_eq!(speculation("3"), Ok(Speculation::Depth(3)));
+        let message = "must be off, auto or 1 to 64; found \"0\"".to_string();
+        assert_eq!(speculation("0"), Err(message));
+        assert_eq!(bias("13=-2.5"), Ok((13, -2.5)));
+        assert_eq!(bias("13=-inf"), Ok((13, f32::NEG_INFINITY)));
+        assert!(bias("a=1").is_err() && bias("13").is_err());
+        assert_eq!((positive("1"), positive("0").is_err()), (Ok(1), true));
     }
 }

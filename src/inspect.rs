@@ -21,7 +21,7 @@ use indicatif::{HumanBytes, HumanCount};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use crate::{generate::cache_bytes_per_token, model_dir, print_now};
+use crate::{model_dir, print_now};
 
 const COUNTED: &str = "\
 Total: embedding and output head included, MTP modules apart. Active: what one token is multiplied with, so only
@@ -133,7 +133,7 @@ impl Report {
         row(&mut text, "sum", &exact(total), &exact(active));
         row(&mut text, "MTP modules", &exact(self.count.mtp), "");
         line(&mut text, format_args!("\n{COUNTED}"));
-        let cache = cache_bytes_per_token(&self.config);
+        let cache = self.config.cache_bytes_per_token();
         line(
             &mut text,
             format_args!("latent cache: {} bytes per token in float32", exact(cache)),
@@ -197,7 +197,7 @@ impl Report {
                 "mtp": self.count.mtp,
                 "parts": parts,
             },
-            "cache_bytes_per_token": cache_bytes_per_token(&self.config),
+            "cache_bytes_per_token": self.config.cache_bytes_per_token(),
         });
         if let Some(files) = &self.files {
             report["files"] = files.iter().map(|file| file.json(tensors)).collect();

@@ -3,9 +3,13 @@
 //! One file per subcommand, each of them thin: parse, call a crate, render.
 
 mod allocator;
+mod bench;
 mod convert;
+mod counting;
 mod device;
+mod eval;
 mod generate;
+mod generate_many;
 mod inspect;
 mod model_dir;
 mod pipeline;
@@ -46,6 +50,10 @@ enum Command {
     #[command(after_help = EXIT_CODES)]
     Generate(generate::Args),
     #[command(after_help = EXIT_CODES)]
+    Eval(eval::Args),
+    #[command(after_help = EXIT_CODES)]
+    Bench(bench::Args),
+    #[command(after_help = EXIT_CODES)]
     Inspect(inspect::Args),
     #[command(after_help = verify::EXIT_CODES)]
     Verify(verify::Args),
@@ -64,6 +72,8 @@ fn main() -> ExitCode {
     let result = among_the_threads(|| match command {
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Convert(args) => convert::run(args),

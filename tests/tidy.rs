@@ -14,7 +14,7 @@ const LIBRARIES: [&str; 4] = [
 ];
 
 /// Modules that compute on plain data. A path that ends in `/` is a folder.
-const PURE: [&str; 12] = [
+const PURE: &[&str] = &[
     "kernels-cubecl/src/fp8/e4m3.rs",
     "kernels-cubecl/src/fp8/tiles.rs",
     "model/src/checkpoint/hf_names.rs",
@@ -25,7 +25,14 @@ const PURE: [&str; 12] = [
     "train/src/schedule.rs",
     "train/src/spike.rs",
     "train/src/data/",
+    "infer/src/logprobs.rs",
+    "infer/src/pages.rs",
+    "infer/src/payoff.rs",
+    "infer/src/penalties.rs",
+    "infer/src/placement.rs",
+    "infer/src/rejection.rs",
     "infer/src/sampler.rs",
+    "infer/src/speculation.rs",
     "infer/src/text.rs",
 ];
 

@@ -1,14 +1,13 @@
-//! Text from a checkpoint: the prompt in chunks, then one token at a time over the latent cache.
+//! Text from a checkpoint: a model with its tokenizer, and what can be asked of it. How it is done is in [`batch`].
 
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use burn::tensor::{Device, ExecutionError, Int, Tensor, TensorData};
+use burn::tensor::{Device, ExecutionError};
 use deepburn_model::{
-    attention::LatentCache,
     checkpoint::{self, CheckpointError},
     config::ModelConfig,
     transformer::Transformer,
@@ -17,12 +16,12 @@ use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use crate::{
-    sampler::{Sampler, SamplerConfig, SamplerError},
-    text::{TextError, TextStream},
+    batch::{self, BatchConfig, Request},
+    penalties::Penalties,
+    sampler::{SamplerConfig, SamplerError},
+    speculation::Drafts,
+    text::TextError,
 };
-
-/// Prompt tokens per pass: bounds the memory for attention scores, T times S numbers per head.
-const PREFILL_CHUNK: usize = 512;
 
 /// A model with its tokenizer, ready to continue texts.
 #[derive(Debug)]
@@ -35,8 +34,8 @@ pub struct Engine {
     pub tokenizer: Tokenizer,
     /// Where the model is.
     pub device: Device,
-    bos: Option<u32>,
-    eos: Vec<u32>,
+    pub(crate) bos: Option<u32>,
+    pub(crate) eos: Vec<u32>,
 }
 
 /// How a text is continued. The default is greedy, without a limit but the context.
@@ -44,6 +43,8 @@ pub struct Engine {
 pub struct GenerateOptions {
     /// How tokens are chosen.
     pub sampler: SamplerConfig,
+    /// How logits are changed before that.
+    pub penalties: Penalties,
     /// At most this many new tokens.
     pub max_new_tokens: usize,
     /// Strings that end the text where they begin; none of them empty.
@@ -58,10 +59,26 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             sampler: SamplerConfig::default(),
+            penalties: Penalties::default(),
             max_new_tokens: usize::MAX,
             stop: Vec::new(),
             add_bos: false,
             ignore_eos: false,
+        }
+    }
+}
+
+impl GenerateOptions {
+    /// Checks the options that do not depend on a model.
+    ///
+    /// # Errors
+    /// The first that breaks its rule.
+    pub fn validate(&self) -> Result<(), EngineError> {
+        self.sampler.validate()?;
+        self.penalties.validate()?;
+        match self.stop.iter().position(String::is_empty) {
+            Some(index) => Err(TextError::EmptyStop { index }.into()),
+            None => Ok(()),
         }
     }
 }
@@ -88,30 +105,85 @@ pub struct Generated {
     pub text: String,
     /// All tokens that were chosen, an end-of-text token and those of a stop string included.
     pub tokens: Vec<u32>,
-    /// Tokens of the prompt, a beginning-of-text token included.
-    pub prompt_tokens: usize,
+    /// Counts and times.
+    pub summary: Summary,
+}
+
+/// How a text was made.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary {
     /// Why the text ended.
     pub finish: Finish,
-    /// From the prompt's tokens to the logits of the first new token.
+    /// Tokens of the prompt, a beginning-of-text token included.
+    pub prompt_tokens: usize,
+    /// Of those, the ones whose latents were cached already.
+    pub reused_tokens: usize,
+    /// Tokens that were chosen, an end-of-text token and those of a stop string included.
+    pub new_tokens: usize,
+    /// Before the prompt's first step.
+    pub waited: Duration,
+    /// From the prompt's tokens to the first new token.
     pub prefill: Duration,
     /// The rest.
     pub decode: Duration,
+    /// Steps of decoding, and drafted tokens.
+    pub drafts: Drafts,
 }
 
-impl Generated {
+impl Summary {
     /// Speed at which the prompt was read.
     pub fn prefill_tokens_per_second(&self) -> f64 {
-        self.prompt_tokens as f64 / self.prefill.as_secs_f64()
+        (self.prompt_tokens - self.reused_tokens) as f64 / self.prefill.as_secs_f64()
     }
 
     /// Speed of decoding; `None` if there was no step. The first token comes from the prompt's pass and needs none.
     pub fn decode_tokens_per_second(&self) -> Option<f64> {
-        let steps = self
-            .tokens
-            .len()
-            .checked_sub(1)
-            .filter(|&steps| steps > 0)?;
+        let steps = self.new_tokens.checked_sub(1).filter(|&steps| steps > 0)?;
         Some(steps as f64 / self.decode.as_secs_f64())
+    }
+}
+
+/// What a prompt has to fit.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Tokens that a text may have, its prompt included: `max_position_embeddings`, or what the cache can hold.
+    pub longest: usize,
+    /// Tokens in the vocabulary.
+    pub vocab_size: usize,
+}
+
+impl Limits {
+    /// The same with a cache of so many tokens.
+    #[must_use]
+    pub fn within(self, cached_tokens: usize) -> Self {
+        Self {
+            longest: self.longest.min(cached_tokens),
+            ..self
+        }
+    }
+
+    /// Checks the tokens of a prompt.
+    ///
+    /// # Errors
+    /// No token, too many, or one that the model does not have.
+    pub fn check(&self, prompt: &[u32]) -> Result<(), EngineError> {
+        let Self {
+            longest,
+            vocab_size,
+        } = *self;
+        if prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if prompt.len() >= longest {
+            return Err(EngineError::PromptTooLong {
+                prompt_tokens: prompt.len(),
+                longest,
+            });
+        }
+        match prompt.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(EngineError::UnknownToken { id, vocab_size }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -158,12 +230,13 @@ pub enum EngineError {
     NoBos,
     /// The prompt and one new token are longer than the longest sequence.
     #[error(
-        "the prompt has {prompt_tokens} tokens: it must be shorter than max_position_embeddings = {longest}"
+        "the prompt has {prompt_tokens} tokens: it must be shorter than {longest}, the least of max_position_embeddings and \
+         the cached tokens"
     )]
     PromptTooLong {
         /// Its tokens.
         prompt_tokens: usize,
-        /// `max_position_embeddings`
+        /// What it has to be shorter than.
         longest: usize,
     },
     /// A prompt's token is not of this model.
@@ -183,6 +256,20 @@ pub enum EngineError {
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(ExecutionError),
+    /// A context that the model does not have.
+    #[error("a context of {context} tokens: must be 1 to max_position_embeddings = {longest}")]
+    Context {
+        /// What was asked for.
+        context: usize,
+        /// `max_position_embeddings`
+        longest: usize,
+    },
+    /// Nothing to predict.
+    #[error("the text must have at least two tokens, so that one can be predicted")]
+    TooShort,
+    /// A pass of the model failed, for this text and those that were computed with it.
+    #[error("a step of the model failed: {0}")]
+    Step(String),
 }
 
 impl Engine {
@@ -223,19 +310,36 @@ impl Engine {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, EngineError> {
+        let tokens = self.encode(prompt, options.add_bos)?;
+        self.generate_from(&tokens, options, on_text)
+    }
+
+    /// The tokens of a prompt as it is, after the beginning-of-text token if that is asked for or there is nothing else.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses, or a beginning-of-text token that the model does not have.
+    pub fn encode(&self, prompt: &str, add_bos: bool) -> Result<Vec<u32>, EngineError> {
         let encoding = self
             .tokenizer
             .encode(prompt, false)
             .map_err(EngineError::Encode)?;
         let mut tokens = Vec::new();
-        if options.add_bos {
+        if add_bos {
             tokens.push(self.bos.ok_or(EngineError::NoBos)?);
         }
         tokens.extend(encoding.get_ids());
         if tokens.is_empty() {
             tokens.push(self.bos.ok_or(EngineError::EmptyPrompt)?);
         }
-        self.generate_from(&tokens, options, on_text)
+        Ok(tokens)
+    }
+
+    /// What a prompt has to fit.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            longest: self.config.max_position_embeddings,
+            vocab_size: self.config.vocab_size,
+        }
     }
 
     /// As [`Engine::generate`], from the tokens of a prompt, which are at least one. `add_bos` plays no part.
@@ -248,109 +352,17 @@ impl Engine {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, EngineError> {
-        self.check(prompt)?;
-        let mut sampler = Sampler::new(options.sampler)?;
-        let mut stream = TextStream::new(&self.tokenizer, &options.stop)?;
-        let mut text = String::new();
-        let mut show = |piece: &str| {
-            text.push_str(piece);
-            match piece {
-                "" => ControlFlow::Continue(()),
-                _ => on_text(piece),
-            }
+        let config = BatchConfig {
+            max_batch: 1,
+            cached_tokens: self.config.max_position_embeddings,
+            ..BatchConfig::default()
         };
-
-        let start = Instant::now();
-        let mut cache = self.model.new_cache();
-        let mut logits = self.prefill(prompt, PREFILL_CHUNK, &mut cache)?;
-        let prefill = start.elapsed();
-
-        let start = Instant::now();
-        let room = self.config.max_position_embeddings - prompt.len();
-        let mut tokens = Vec::new();
-        let finish = loop {
-            if tokens.len() == options.max_new_tokens {
-                break Finish::MaxNewTokens;
-            }
-            if tokens.len() == room {
-                break Finish::ContextFull;
-            }
-            if let Some(&last) = tokens.last() {
-                logits = self.step(&[last], &mut cache)?;
-            }
-            let token = sampler.sample(&logits)?;
-            tokens.push(token);
-            if !options.ignore_eos && self.eos.contains(&token) {
-                break Finish::EndOfText;
-            }
-            let piece = stream.push(token)?;
-            if show(&piece.text).is_break() {
-                break Finish::Cancelled;
-            }
-            if let Some(index) = piece.stopped {
-                break Finish::StopString(index);
-            }
+        let request = Request {
+            prompt: prompt.to_vec(),
+            options: options.clone(),
+            logprobs: None,
         };
-        let rest = stream.finish()?;
-        if finish != Finish::Cancelled {
-            // The text is over: whether the receiver wants more makes no difference.
-            let _ = show(&rest);
-        }
-        Ok(Generated {
-            text,
-            tokens,
-            prompt_tokens: prompt.len(),
-            finish,
-            prefill,
-            decode: start.elapsed(),
-        })
-    }
-
-    fn check(&self, prompt: &[u32]) -> Result<(), EngineError> {
-        let (longest, vocab_size) = (self.config.max_position_embeddings, self.config.vocab_size);
-        if prompt.is_empty() {
-            return Err(EngineError::EmptyPrompt);
-        }
-        if prompt.len() >= longest {
-            return Err(EngineError::PromptTooLong {
-                prompt_tokens: prompt.len(),
-                longest,
-            });
-        }
-        match prompt.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(&id) => Err(EngineError::UnknownToken { id, vocab_size }),
-            None => Ok(()),
-        }
-    }
-
-    /// Reads the prompt into the cache; the logits after its last token.
-    fn prefill(
-        &self,
-        prompt: &[u32],
-        chunk: usize,
-        cache: &mut LatentCache,
-    ) -> Result<Vec<f32>, EngineError> {
-        let last = (prompt.len() - 1) / chunk * chunk;
-        for tokens in prompt[..last].chunks(chunk) {
-            self.model.forward_cached(self.tensor(tokens), cache);
-        }
-        self.step(&prompt[last..], cache)
-    }
-
-    /// Adds tokens to the cache; the logits after the last of them, the only one that the head is applied to.
-    ///
-    /// # Shapes
-    /// - result: `[W]`
-    fn step(&self, tokens: &[u32], cache: &mut LatentCache) -> Result<Vec<f32>, EngineError> {
-        let hidden = self.model.forward_cached(self.tensor(tokens), cache).hidden; // [1, T, D]
-        let logits = self.model.logits(hidden.narrow(1, tokens.len() - 1, 1)); // [1, 1, W]
-        let data = logits.try_into_data().map_err(EngineError::Device)?;
-        Ok(data.iter::<f32>().collect())
-    }
-
-    fn tensor(&self, tokens: &[u32]) -> Tensor<2, Int> {
-        let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
-        Tensor::from_data(TensorData::new(ids, [1, tokens.len()]), &self.device)
+        batch::generate(self, config, request, on_text)
     }
 }
 
@@ -491,7 +503,7 @@ mod tests {
             })
             .unwrap();
         assert_eq!(generated.text, shown);
-        assert_eq!(generated.prompt_tokens, prompt.len());
+        assert_eq!(generated.summary.prompt_tokens, prompt.len());
         generated
     }
 
@@ -512,40 +524,19 @@ mod tests {
         };
         let generated = run(&engine, &prompt, &options);
         assert_eq!(generated.tokens, expected);
-        assert_eq!(generated.finish, Finish::MaxNewTokens);
+        assert_eq!(generated.summary.finish, Finish::MaxNewTokens);
         assert_eq!(
             generated.text,
             engine.tokenizer.decode(&expected, true).unwrap()
         );
-        assert!(generated.decode_tokens_per_second().is_some());
+        assert!(generated.summary.decode_tokens_per_second().is_some());
         assert!(
             run(&engine, &prompt, &at_most(1))
+                .summary
                 .decode_tokens_per_second()
                 .is_none()
         );
         assert!(run(&engine, &prompt, &at_most(0)).tokens.is_empty());
-    }
-
-    /// Logits differ by rounding only, at most by `tolerance::LOGITS_YARN` of the parity tests.
-    #[test]
-    fn a_prompt_in_chunks_gives_the_logits_of_the_whole() {
-        let (prompt, new) = reference();
-        let prompt = [prompt, new].concat();
-        let engine = open(&fixture());
-        let logits = |chunk| {
-            let mut cache = engine.model.new_cache();
-            let logits = engine.prefill(&prompt, chunk, &mut cache).unwrap();
-            assert_eq!(cache.len(), prompt.len());
-            logits
-        };
-        let whole = logits(prompt.len());
-        assert_eq!(whole.len(), 512);
-        // 40 divides the 80 tokens, 33 does not.
-        for chunk in [40, 33, 1] {
-            let pairs = logits(chunk).into_iter().zip(&whole);
-            let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(worst < 5e-5, "chunks of {chunk}: off by {worst:e}");
-        }
     }
 
     #[test]
@@ -558,7 +549,7 @@ mod tests {
         );
         let engine = open(dir.path());
         let ended = run(&engine, &prompt, &at_most(32));
-        assert_eq!(ended.finish, Finish::EndOfText);
+        assert_eq!(ended.summary.finish, Finish::EndOfText);
         assert_eq!(ended.tokens, expected[..6]);
 
         let dir = changed(json!({ "eos_token_id": expected[5] }), json!(null));
@@ -574,14 +565,14 @@ mod tests {
         let dir = changed(json!({ "max_position_embeddings": 60 }), json!(null));
         let engine = open(dir.path());
         let full = run(&engine, &prompt, &GenerateOptions::default());
-        assert_eq!(full.finish, Finish::ContextFull);
+        assert_eq!(full.summary.finish, Finish::ContextFull);
         assert_eq!(full.tokens, expected[..12]);
         let stopping = GenerateOptions {
             stop: vec!["never".into(), "inL".into()],
             ..GenerateOptions::default()
         };
         let stopped = run(&engine, &prompt, &stopping);
-        assert_eq!(stopped.finish, Finish::StopString(1));
+        assert_eq!(stopped.summary.finish, Finish::StopString(1));
         assert_eq!(stopped.text, full.text.split_once("inL").unwrap().0);
 
         let mut pieces = 0;
@@ -591,7 +582,7 @@ mod tests {
                 ControlFlow::Break(())
             })
             .unwrap();
-        assert_eq!((cancelled.finish, pieces), (Finish::Cancelled, 1));
+        assert_eq!((cancelled.summary.finish, pieces), (Finish::Cancelled, 1));
     }
 
     #[test]
@@ -604,7 +595,7 @@ mod tests {
                 ..at_most(1)
             };
             let generated = engine.generate(prompt, &options, &mut ignore).unwrap();
-            generated.prompt_tokens
+            generated.summary.prompt_tokens
         };
         // `tokenizer_cases.json` has the twelve tokens.
         assert_eq!(tokens("Hello, world!", false), 12);
@@ -642,7 +633,7 @@ mod tests {
         };
         assert_eq!(
             refused_prompt(&[5; 12]),
-            "the prompt has 12 tokens: it must be shorter than max_position_embeddings = 12"
+            "the prompt has 12 tokens: it must be shorter than 12, the least of max_position_embeddings and the cached tokens"
         );
         assert_eq!(
             refused_prompt(&[5, 512]),

@@ -2,6 +2,17 @@
 //!
 //! Start reading at [`engine`].
 
+pub mod batch;
+pub mod benchmark;
 pub mod engine;
+pub mod evaluation;
+pub mod logprobs;
+mod pages;
+mod payoff;
+pub mod penalties;
+pub mod placement;
+pub mod rejection;
 pub mod sampler;
+pub mod service;
+pub mod speculation;
 pub mod text;

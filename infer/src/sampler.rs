@@ -102,23 +102,39 @@ impl Sampler {
     /// # Shapes
     /// - `logits`: `[V]`
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SamplerError> {
-        let kept = kept(&self.config, logits)?;
+        Ok(self.draw(&self.candidates(logits)?))
+    }
+
+    /// The tokens that can be drawn with their probabilities, in an order that depends on the arguments alone: as
+    /// [`distribution`], but not sorted where that takes no part in the choice.
+    ///
+    /// # Shapes
+    /// - `logits`: `[V]`
+    pub fn candidates(&self, logits: &[f32]) -> Result<Vec<(u32, f32)>, SamplerError> {
+        kept(&self.config, logits)
+    }
+
+    /// Draws from candidates, of which there is at least one; at temperature 0 the first.
+    pub fn draw(&mut self, candidates: &[(u32, f32)]) -> u32 {
         if self.config.temperature == 0.0 {
-            return Ok(kept[0].0);
+            return candidates[0].0;
         }
         // The sum is 1 only up to rounding; scaling by what it really is leaves no gap at the end.
-        let sum: f64 = kept.iter().map(|&(_, p)| f64::from(p)).sum();
-        let mut left = self.rng.random::<f64>() * sum;
-        for &(token, p) in &kept {
+        let sum: f64 = candidates.iter().map(|&(_, p)| f64::from(p)).sum();
+        let mut left = self.random() * sum;
+        for &(token, p) in candidates {
             left -= f64::from(p);
             if left < 0.0 {
-                return Ok(token);
+                return token;
             }
         }
-        Ok(kept
-            .last()
-            .expect("the most probable token is always kept")
-            .0)
+        let last = candidates.last();
+        last.expect("the most probable token is always kept").0
+    }
+
+    /// The next random number, in [0, 1).
+    pub fn random(&mut self) -> f64 {
+        self.rng.random()
     }
 }
 

@@ -15,6 +15,7 @@ mod gemm;
 pub mod grouped_gemm;
 pub mod linear;
 pub mod mla_decode;
+pub mod mla_paged;
 mod parts;
 pub mod permute;
 pub mod rms_norm;

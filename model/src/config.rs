@@ -234,6 +234,11 @@ impl ModelConfig {
         layer < self.first_k_dense_replace
     }
 
+    /// Bytes that the cache holds per token in the layers of the main model, in single precision.
+    pub fn cache_bytes_per_token(&self) -> usize {
+        self.num_hidden_layers * self.cache_width() * size_of::<f32>()
+    }
+
     /// Elements that the cache holds per token and layer.
     pub fn cache_width(&self) -> usize {
         self.kv_lora_rank + self.qk_rope_head_dim

@@ -7,7 +7,7 @@ use deepburn_kernels::{
 };
 
 use crate::{
-    attention::{Attention, AttentionMask, LayerCache},
+    attention::{Attention, AttentionMask, LayerCache, LayerPages, Layout},
     config::ModelConfig,
     init::Initializer,
     mlp::Mlp,
@@ -125,6 +125,22 @@ impl DecoderLayer {
         let attention =
             self.self_attn
                 .absorbed(self.input_layernorm.forward(x.clone()), rope, cache);
+        self.feed_forward(x, attention)
+    }
+
+    /// Applies the layer to rows of several sequences, and adds their latents to the cache.
+    ///
+    /// # Shapes
+    /// - `x`: `[1, rows, D]`
+    pub fn forward_paged(
+        &self,
+        x: Tensor<3>,
+        rope: &Rotation,
+        cache: &mut LayerPages,
+        layout: &Layout,
+    ) -> LayerOutput {
+        let normed = self.input_layernorm.forward(x.clone());
+        let attention = self.self_attn.paged(normed, rope, cache, layout);
         self.feed_forward(x, attention)
     }
 

@@ -7,7 +7,7 @@ use deepburn_kernels::{
 };
 
 use crate::{
-    attention::AttentionMask,
+    attention::{AttentionMask, LayerPages, Layout},
     config::ModelConfig,
     init::Initializer,
     layer::{DecoderLayer, LayerOutput},
@@ -94,9 +94,33 @@ impl MtpModule {
         rope: &Rotation,
         mask: &AttentionMask,
     ) -> MtpOutput {
+        self.run([previous, embedded], |x| self.block.forward(x, rope, mask))
+    }
+
+    /// As [`MtpModule::forward`] for rows of several sequences, whose latents are added to the cache.
+    ///
+    /// # Shapes
+    /// - `previous`, `embedded`: `[1, rows, D]`
+    pub fn forward_paged(
+        &self,
+        [previous, embedded]: [Tensor<3>; 2],
+        rope: &Rotation,
+        cache: &mut LayerPages,
+        layout: &Layout,
+    ) -> MtpOutput {
+        self.run([previous, embedded], |x| {
+            self.block.forward_paged(x, rope, cache, layout)
+        })
+    }
+
+    fn run(
+        &self,
+        [previous, embedded]: [Tensor<3>; 2],
+        block: impl FnOnce(Tensor<3>) -> LayerOutput,
+    ) -> MtpOutput {
         let both = vec![self.enorm.forward(embedded), self.hnorm.forward(previous)];
         let projected = self.eh_proj.forward(Tensor::cat(both, 2));
-        let block = self.block.forward(projected.clone(), rope, mask);
+        let block = block(projected.clone());
         let hidden = self.shared_head.norm.forward(block.hidden.clone());
         MtpOutput {
             projected,

@@ -43,8 +43,13 @@ impl Rope {
 
     /// The rotation of the positions `start..start + length`.
     pub fn rotation(&self, start: usize, length: usize, device: &Device) -> Rotation {
-        let positions = start..start + length;
-        let angles = positions.flat_map(|position| {
+        self.rotation_at(start..start + length, device)
+    }
+
+    /// The rotation of any positions.
+    pub fn rotation_at(&self, positions: impl Iterator<Item = usize>, device: &Device) -> Rotation {
+        let positions: Vec<usize> = positions.collect();
+        let angles = positions.iter().flat_map(|&position| {
             self.inv_freq.iter().map(move |speed| {
                 // As upstream: the angle is a single precision product.
                 let (sin, cos) = f64::from(position as f32 * speed).sin_cos();
@@ -52,7 +57,7 @@ impl Rope {
                 (scaled(sin), scaled(cos))
             })
         });
-        Rotation::new(angles, [length, self.inv_freq.len()], device)
+        Rotation::new(angles, [positions.len(), self.inv_freq.len()], device)
     }
 }
 

@@ -17,7 +17,7 @@ use deepburn_kernels::{
 };
 
 use crate::{
-    attention::{AttentionMask, LatentCache},
+    attention::{AttentionMask, LatentCache, Layout, PagedCache},
     config::ModelConfig,
     init::Initializer,
     layer::{DecoderLayer, LayerOutput},
@@ -144,6 +144,22 @@ impl Transformer {
         })
     }
 
+    /// Runs the main model over rows of several sequences, and adds their latents to the cache.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[1, rows]`
+    pub fn forward_paged(
+        &self,
+        tokens: Tensor<2, Int>,
+        cache: &mut PagedCache,
+        layout: &Layout,
+    ) -> Output {
+        let rope = self.rope.rotation_at(layout.positions(), &tokens.device());
+        self.run(tokens, |index, layer, x| {
+            layer.forward_paged(x, &rope, &mut cache.layers[index], layout)
+        })
+    }
+
     fn run(
         &self,
         tokens: Tensor<2, Int>,
@@ -177,6 +193,23 @@ impl Transformer {
         let [_, length] = tokens.dims();
         let rope = self.rope.rotation(0, length, &tokens.device());
         self.mtp[depth].forward(previous, self.embed(tokens), &rope, mask)
+    }
+
+    /// As [`predict_further`](Self::predict_further) for rows of several sequences, whose latents are added to the cache.
+    ///
+    /// # Shapes
+    /// - `previous`: `[1, rows, D]`, `tokens`: `[1, rows]`
+    pub fn predict_further_paged(
+        &self,
+        depth: usize,
+        (previous, tokens): (Tensor<3>, Tensor<2, Int>),
+        cache: &mut PagedCache,
+        layout: &Layout,
+    ) -> MtpOutput {
+        let rope = self.rope.rotation_at(layout.positions(), &tokens.device());
+        let inputs = [previous, self.embed(tokens)];
+        let cache = &mut cache.layers[self.layers.len() + depth];
+        self.mtp[depth].forward_paged(inputs, &rope, cache, layout)
     }
 
     fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
@@ -219,6 +252,11 @@ impl Transformer {
     /// An empty cache for this model.
     pub fn new_cache(&self) -> LatentCache {
         LatentCache::new(self.layers.len())
+    }
+
+    /// An empty cache for this model and its prediction modules, of at most so many pages.
+    pub fn new_paged_cache(&self, pages: usize) -> PagedCache {
+        PagedCache::new(self.layers.len() + self.mtp.len(), pages)
     }
 
     /// How positions turn queries and keys.

@@ -3,11 +3,12 @@
 //! Keys and values of all heads come from one latent vector per token, c_kv, plus one rotated key that the heads
 //! share. Two forms compute the same: [`Attention::expanded`] builds keys and values for training,
 //! [`Attention::absorbed`] multiplies the up-projections into queries and outputs, so that decoding reads nothing but
-//! the cached latents.
+//! the cached latents. [`Attention::paged`] is the second over a cache that several sequences share.
 
 mod absorbed;
 mod cache;
 mod expanded;
+mod paged;
 
 use burn::{
     module::Module,
@@ -15,6 +16,8 @@ use burn::{
 };
 
 pub use cache::{LatentCache, LayerCache};
+pub use deepburn_kernels::mla_paged::{Layout, Span};
+pub use paged::{LayerPages, PagedCache};
 
 use deepburn_kernels::{
     attention::Sizes,
@@ -231,6 +234,49 @@ mod tests {
 
     use super::*;
     use crate::config::tests::tiny;
+
+    /// Sequences in pages, in one batch and in pieces, are the sequences one by one.
+    #[test]
+    fn paged_equals_expanded() {
+        let device = Device::flex();
+        let config = tiny();
+        let rope = Rope::new(&config);
+        let attention = Attention::new(&config, Initializer::new(&device, 7, 0.3));
+        let lengths = [9, 4];
+        let x = lengths
+            .map(|n| Tensor::<3>::random([1, n, 32], Distribution::Normal(0.0, 1.0), &device));
+        let pages: [Vec<u32>; 2] = [vec![4, 0, 3], vec![1]];
+        let mut cache = PagedCache::new(1, 5);
+        let mut outputs = [Vec::new(), Vec::new()];
+        let mut done = [0, 0];
+        for pieces in [[3, 1], [5, 2], [1, 1]] {
+            let spans = [0, 1].map(|i| Span {
+                pages: pages[i].clone(),
+                start: done[i],
+                length: pieces[i],
+            });
+            let layout = Layout {
+                page: 4,
+                spans: spans.to_vec(),
+            };
+            let rows = [0, 1].map(|i| x[i].clone().narrow(1, done[i], pieces[i]));
+            let tables = rope.rotation_at(layout.positions(), &device);
+            let rows = Tensor::cat(rows.to_vec(), 1);
+            let out = attention.paged(rows, &tables, &mut cache.layers[0], &layout);
+            outputs[0].push(out.clone().narrow(1, 0, pieces[0]));
+            outputs[1].push(out.narrow(1, pieces[0], pieces[1]));
+            done = [0, 1].map(|i| done[i] + pieces[i]);
+        }
+        for (i, outputs) in outputs.into_iter().enumerate() {
+            let mask = AttentionMask::causal(lengths[i], &device);
+            let tables = rope.rotation(0, lengths[i], &device);
+            let expected = attention.expanded(x[i].clone(), &tables, &mask);
+            let close = Tolerance::<f32>::absolute(1e-5);
+            Tensor::cat(outputs, 1)
+                .into_data()
+                .assert_approx_eq(&expected.into_data(), close);
+        }
+    }
 
     /// The two forms, whole and in pieces, agree. Sums of at most 32 products of numbers around one: 1e-5 is
     /// some 80 units in the last place.
