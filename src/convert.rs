@@ -19,9 +19,10 @@ use indicatif::{HumanBytes, HumanCount};
 use crate::{model_dir, print_now};
 
 /// What goes with the weights, where it is there.
-const COMPANIONS: [&str; 3] = [
+const COMPANIONS: [&str; 4] = [
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "generation_config.json",
 ];
 

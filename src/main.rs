@@ -4,6 +4,7 @@
 
 mod allocator;
 mod bench;
+mod chat;
 mod convert;
 mod counting;
 mod device;
@@ -12,9 +13,11 @@ mod generate;
 mod generate_many;
 mod inspect;
 mod model_dir;
+mod model_service;
 mod pipeline;
 mod plan;
 mod progress;
+mod serve;
 mod step_lines;
 mod train;
 mod verify;
@@ -33,6 +36,9 @@ const EXIT_CODES: &str = "Exit codes:
   2    wrong usage
   101  a bug in deepburn
   130  interrupted";
+
+/// What a shell reports of a process that was interrupted: 128 plus the signal's number.
+const INTERRUPTED: u8 = 130;
 
 /// Train, inspect and run models of the DeepSeek-V3 architecture.
 #[derive(Debug, Parser)]
@@ -54,6 +60,10 @@ enum Command {
     #[command(after_help = EXIT_CODES)]
     Bench(bench::Args),
     #[command(after_help = EXIT_CODES)]
+    Chat(chat::Args),
+    #[command(after_help = EXIT_CODES)]
+    Serve(serve::Args),
+    #[command(after_help = EXIT_CODES)]
     Inspect(inspect::Args),
     #[command(after_help = verify::EXIT_CODES)]
     Verify(verify::Args),
@@ -69,17 +79,20 @@ fn main() -> ExitCode {
     allocator::keep_freed_memory();
     report_bugs();
     let command = Cli::parse().command;
-    let result = among_the_threads(|| match command {
-        Command::Train(args) => train::run(args),
-        Command::Generate(args) => generate::run(args),
-        Command::Eval(args) => eval::run(args),
-        Command::Bench(args) => bench::run(args),
-        Command::Inspect(args) => inspect::run(args),
-        Command::Verify(args) => verify::run(args),
-        Command::Convert(args) => convert::run(args),
-        Command::Pipeline(args) => pipeline::run(args),
-        Command::Plan(args) => plan::run(args),
-    });
+    let result = match command {
+        Command::Train(args) => among_the_threads(|| train::run(args)),
+        Command::Generate(args) => among_the_threads(|| generate::run(args)),
+        Command::Eval(args) => among_the_threads(|| eval::run(args)),
+        Command::Bench(args) => among_the_threads(|| bench::run(args)),
+        // These wait for others, and a thread of the service computes.
+        Command::Chat(args) => chat::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Inspect(args) => among_the_threads(|| inspect::run(args)),
+        Command::Verify(args) => among_the_threads(|| verify::run(args)),
+        Command::Convert(args) => among_the_threads(|| convert::run(args)),
+        Command::Pipeline(args) => among_the_threads(|| pipeline::run(args)),
+        Command::Plan(args) => among_the_threads(|| plan::run(args)),
+    };
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", with_causes(&error));
         ExitCode::FAILURE

@@ -15,10 +15,7 @@ use deepburn_train::{
     run::{self, RunOptions, RunSummary},
 };
 
-use crate::{device::DeviceSpec, progress::Progress, step_lines::StepLines};
-
-/// What a shell reports of a process that was interrupted: 128 plus the signal's number.
-const INTERRUPTED: u8 = 130;
+use crate::{INTERRUPTED, device::DeviceSpec, progress::Progress, step_lines::StepLines};
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {

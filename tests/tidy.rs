@@ -230,7 +230,7 @@ fn pure_modules_do_not_use_burn() {
     );
     let pure = files
         .into_iter()
-        .filter(|(path, _)| within(path, &PURE))
+        .filter(|(path, _)| within(path, PURE))
         .collect();
     report(
         "Burn in a module that computes on plain data",

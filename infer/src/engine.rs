@@ -334,6 +334,11 @@ impl Engine {
         Ok(tokens)
     }
 
+    /// The token that begins a text, if the model has one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
     /// What a prompt has to fit.
     pub fn limits(&self) -> Limits {
         Limits {

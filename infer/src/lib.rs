@@ -4,6 +4,7 @@
 
 pub mod batch;
 pub mod benchmark;
+pub mod chat_template;
 pub mod engine;
 pub mod evaluation;
 pub mod logprobs;
@@ -13,6 +14,7 @@ pub mod penalties;
 pub mod placement;
 pub mod rejection;
 pub mod sampler;
+pub mod server;
 pub mod service;
 pub mod speculation;
 pub mod text;
