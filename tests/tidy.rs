@@ -14,12 +14,15 @@ const LIBRARIES: [&str; 4] = [
 ];
 
 /// Modules that compute on plain data. A path that ends in `/` is a folder.
-const PURE: [&str; 10] = [
+const PURE: [&str; 13] = [
     "kernels-cubecl/src/fp8/e4m3.rs",
     "kernels-cubecl/src/fp8/tiles.rs",
     "model/src/checkpoint/hf_names.rs",
     "model/src/config.rs",
     "train/src/balance.rs",
+    "train/src/parallel/communicator.rs",
+    "train/src/parallel/local.rs",
+    "train/src/parallel/mesh.rs",
     "train/src/pipeline/schedule/",
     "train/src/schedule.rs",
     "train/src/data/",
@@ -32,7 +35,7 @@ const MAY_BE_UNSAFE: [&str; 4] = [
     "kernels-cubecl/",
     "model/src/mmap.rs",
     "src/allocator.rs",
-    "train/src/parallel/",
+    "train/src/parallel/mpi.rs",
 ];
 
 /// A crate's manifest and the crates of this workspace that it may name.

@@ -7,6 +7,7 @@ pub mod learner;
 pub mod loader;
 pub mod metrics;
 pub mod optimizer;
+pub mod parallel;
 pub mod pipeline;
 pub mod precision;
 pub mod report;
