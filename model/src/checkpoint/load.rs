@@ -47,11 +47,26 @@ fn read_config_as<T>(
 /// Unreadable or malformed files; tensors that are missing, unexpected, of another shape or type or with unusable
 /// scales, all of them listed.
 pub fn load(dir: &Path, device: &Device) -> Result<(ModelConfig, Transformer), CheckpointError> {
+    load_parts(dir, device, &|_| true)
+}
+
+/// As [`load`], but only the parameters whose names are `wanted` are read. The others stay lazy.
+///
+/// # Errors
+/// As [`load`]; what is not wanted may be missing or of another shape.
+pub fn load_parts(
+    dir: &Path,
+    device: &Device,
+    wanted: &dyn Fn(&str) -> bool,
+) -> Result<(ModelConfig, Transformer), CheckpointError> {
     let (config, quantized) = read_config_as(dir, hf_config::parse_for_weights)?;
     let files = WeightFiles::open(dir)?;
-    let model = assemble(&config, quantized, files.tensors()?, device, &|data| {
-        files.release(data);
-    });
+    let source = Source {
+        quantized,
+        wanted,
+        release: &|data| files.release(data),
+    };
+    let model = assemble(&config, source, files.tensors()?, device);
     match model {
         Ok(model) => Ok((config, model)),
         Err(problems) => Err(CheckpointError::Tensors {
@@ -61,13 +76,22 @@ pub fn load(dir: &Path, device: &Device) -> Result<(ModelConfig, Transformer), C
     }
 }
 
+/// How stored tensors are read.
+struct Source<'a> {
+    /// Whether `config.json` says how FP8 is scaled.
+    quantized: bool,
+    /// Which parameters are read, by their names in the model.
+    wanted: &'a dyn Fn(&str) -> bool,
+    /// Is called with what has been read.
+    release: &'a dyn Fn(&[u8]),
+}
+
 /// The model of the given tensors, or what is wrong with them.
 fn assemble(
     config: &ModelConfig,
-    quantized: bool,
+    source: Source<'_>,
     tensors: StoredTensors<'_>,
     device: &Device,
-    release: &dyn Fn(&[u8]),
 ) -> Result<Transformer, Vec<String>> {
     let StoredTensors {
         by_name: tensors,
@@ -77,10 +101,9 @@ fn assemble(
         path: ModulePath::default(),
         layers: config.num_hidden_layers,
         device,
-        quantized,
+        source,
         unread: tensors.keys().map(String::as_str).collect(),
         tensors: &tensors,
-        release,
         problems,
     };
     let model = Transformer::new(config, 0, device).map(&mut loader);
@@ -102,11 +125,8 @@ struct Loader<'a> {
     path: ModulePath,
     layers: usize,
     device: &'a Device,
-    /// Whether `config.json` says how FP8 is scaled.
-    quantized: bool,
+    source: Source<'a>,
     tensors: &'a BTreeMap<String, TensorView<'a>>,
-    /// Is called with what has been read.
-    release: &'a dyn Fn(&[u8]),
     unread: BTreeSet<&'a str>,
     problems: Vec<String>,
 }
@@ -126,13 +146,28 @@ impl Loader<'_> {
                 .push(format!("{name}: expected {expected:?}, found {found:?}"));
             return None;
         }
-        let elements = elements(name, view, self.tensors, self.quantized);
-        (self.release)(view.data());
+        let elements = elements(name, view, self.tensors, self.source.quantized);
+        (self.source.release)(view.data());
         match elements {
             Ok(values) => Some(values),
             Err(problems) => {
                 self.problems.extend(problems);
                 None
+            }
+        }
+    }
+
+    /// Leaves a parameter unread that is not wanted.
+    fn pass_over(&mut self, experts: usize) {
+        let names = match stored(&self.path.join(), self.layers) {
+            Stored::AsIs(name) | Stored::Transposed(name) => vec![name],
+            Stored::Experts { prefix, suffix } => (0..experts)
+                .map(|expert| format!("{prefix}{expert}{suffix}"))
+                .collect(),
+        };
+        for name in names {
+            if let Some(view) = self.tensors.get(&name) {
+                self.mark_read(&name, view);
             }
         }
     }
@@ -226,6 +261,10 @@ impl ModuleMapper for Loader<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let shape = param.lazy_shape();
+        if !(self.source.wanted)(&self.path.join()) {
+            self.pass_over(shape[0]);
+            return param;
+        }
         let Some(values) = self.read(&shape.to_vec()) else {
             return param;
         };
@@ -292,7 +331,7 @@ mod tests {
             hf_config::parse_for_weights(text).map_err(|error| error.to_string())?;
         let tensors = files::tensors(&[(Path::new("model.safetensors"), weights)], None)
             .map_err(|error| error.to_string())?;
-        assemble(&config, quantized, tensors, &Device::flex(), &|_| {})
+        assemble(&config, source(quantized), tensors, &Device::flex())
             .map_err(|problems| problems.join("\n"))
     }
 
@@ -363,7 +402,7 @@ mod tests {
         tensors.by_name.insert(name.to_owned(), view);
         let (config, quantized) =
             hf_config::parse_for_weights(str::from_utf8(&config).unwrap()).unwrap();
-        let problems = assemble(&config, quantized, tensors, &Device::flex(), &|_| {}).unwrap_err();
+        let problems = assemble(&config, source(quantized), tensors, &Device::flex()).unwrap_err();
         assert_eq!(
             problems,
             [format!(

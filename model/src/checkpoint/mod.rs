@@ -13,8 +13,8 @@ mod save;
 use std::path::{Path, PathBuf};
 
 pub use atomic::{write_directory, write_file};
-pub use load::{load, read_config};
-pub use save::{SaveOptions, save};
+pub use load::{load, load_parts, read_config};
+pub use save::{SaveOptions, Shard, save, save_shard, shard_name, write_index};
 
 /// The type that weights are written in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
