@@ -1,6 +1,7 @@
 //! Training for Deepburn: data, optimizer, schedules, load balancing and checkpoints on Burn's Learner.
 
 pub mod balance;
+mod cluster;
 pub mod config;
 pub mod data;
 pub mod learner;
@@ -13,6 +14,7 @@ pub mod precision;
 pub mod report;
 pub mod run;
 pub mod schedule;
+mod shards;
 pub mod state;
 pub mod step;
 mod strategy;
