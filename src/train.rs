@@ -12,6 +12,7 @@ use burn::train::{Interrupter, renderer::MetricsRenderer};
 use deepburn_train::{
     config::TrainConfig,
     data::{self, entropy},
+    pipeline::schedule::Schedule,
     run::{self, RunOptions, RunSummary},
 };
 
@@ -82,6 +83,19 @@ fn describe(config: &TrainConfig, baseline: entropy::Entropy) {
         config.tokens_per_step(),
         config.run.directory.display()
     );
+    let parallel = &config.parallel;
+    if parallel.mesh().ranks() > 1 {
+        println!(
+            "ranks: {}, data {} x pipeline {} ({}) x expert {}, {} micro-batches of {} sequences in each pipeline",
+            parallel.mesh().ranks(),
+            parallel.data,
+            parallel.pipeline,
+            Schedule::from(parallel.schedule).name(),
+            parallel.expert,
+            config.micro_batches_per_pipeline(),
+            config.batch.sequences
+        );
+    }
 }
 
 /// The first Ctrl-C asks for a checkpoint after the step under way, the second ends the process.

@@ -20,6 +20,9 @@ const PURE: &[&str] = &[
     "model/src/checkpoint/hf_names.rs",
     "model/src/config.rs",
     "train/src/balance.rs",
+    "train/src/parallel/communicator.rs",
+    "train/src/parallel/local.rs",
+    "train/src/parallel/mesh.rs",
     "train/src/pipeline/schedule/",
     "train/src/plan/",
     "train/src/schedule.rs",
@@ -41,7 +44,7 @@ const MAY_BE_UNSAFE: [&str; 4] = [
     "kernels-cubecl/",
     "model/src/mmap.rs",
     "src/allocator.rs",
-    "train/src/parallel/",
+    "train/src/parallel/mpi.rs",
 ];
 
 /// A crate's manifest and the crates of this workspace that it may name.

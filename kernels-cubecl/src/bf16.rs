@@ -26,6 +26,7 @@ use crate::{
     flex::{contiguous, elements, float_tensor, is_native_f32},
     parts::by_parts,
     vector::vectorized,
+    weight_grad,
 };
 
 /// Elements per task.
@@ -90,9 +91,12 @@ impl<B: Bf16Ops> Backward<B, 1> for Round {
     type State = bool;
 
     fn backward(self, ops: Ops<bool, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
         let [node] = ops.parents;
         if let Some(node) = node {
+            if !ops.state && weight_grad::hand_on(ops.node.id, node.id) {
+                return;
+            }
+            let grad = grads.consume::<B>(&ops.node);
             let grad = match ops.state {
                 true => B::round_bf16(grad, true),
                 false => grad,

@@ -23,3 +23,4 @@ pub mod rope;
 pub mod routing;
 pub mod swiglu;
 mod vector;
+pub mod weight_grad;

@@ -26,6 +26,7 @@ use burn::{
 use crate::{
     flex::{FlexFloat, Scalar, ascending, dims, float_tensor, is_native, matrix, with_scalar},
     gemm::product,
+    weight_grad::{Lift, Weight},
 };
 
 /// `x W`.
@@ -58,7 +59,7 @@ pub(crate) trait LinearOps: burn::backend::Backend {
 }
 
 /// The gradients of [`LinearOps`], on backends without autodiff.
-pub(crate) trait LinearGrad: burn::backend::Backend {
+pub(crate) trait LinearGrad: Lift {
     /// `dx = dy W^T`
     fn linear_input_grad(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
@@ -97,11 +98,12 @@ impl<B: LinearOps + LinearGrad> Backward<B, 2> for LinearProduct {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let weight_grad = Weight::of(&ops);
         let [x, weight] = ops.state;
-        let [x_node, weight_node] = ops.parents;
-        if let (Some(node), Some(x)) = (weight_node, x) {
-            let x = kept.retrieve_node_output(x);
-            grads.register::<B>(node.id, B::linear_weight_grad(x, grad.clone()));
+        let [x_node, _] = ops.parents;
+        if let (Some(weight_grad), Some(x)) = (weight_grad, x) {
+            let (x, grad) = (kept.retrieve_node_output(x), grad.clone());
+            weight_grad.register::<B>(grads, || B::linear_weight_grad(x, grad));
         }
         if let (Some(node), Some(weight)) = (x_node, weight) {
             let weight = kept.retrieve_node_output(weight);

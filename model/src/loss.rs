@@ -3,7 +3,7 @@
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use deepburn_kernels::cross_entropy as kernels;
 
-use crate::moe::Routing;
+use crate::{moe::Routing, projection::Arithmetic};
 
 /// Mean cross-entropy in nats.
 ///
@@ -14,6 +14,27 @@ pub fn cross_entropy(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
     let [batch, length, vocabulary] = logits.dims();
     let rows = batch * length;
     kernels::cross_entropy(logits.reshape([rows, vocabulary]), targets.reshape([rows]))
+}
+
+/// As [`cross_entropy`], of the predictions of an output head.
+///
+/// # Shapes
+/// - `hidden`: `[B, T, D]`
+/// - `weight`: `[D, W]`
+/// - `targets`: `[B, T]`
+pub fn head_cross_entropy(
+    hidden: Tensor<3>,
+    weight: Tensor<2>,
+    targets: Tensor<2, Int>,
+    arithmetic: Arithmetic,
+) -> Tensor<1> {
+    let [batch, length, width] = hidden.dims();
+    let rows = batch * length;
+    kernels::linear_cross_entropy(
+        arithmetic.activation(hidden.reshape([rows, width])),
+        arithmetic.weight(weight),
+        targets.reshape([rows]),
+    )
 }
 
 /// Which experts the balance loss counts as chosen.

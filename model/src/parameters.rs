@@ -1,7 +1,9 @@
 //! Parameters by name: listing and counting without allocating them.
 
+use std::collections::HashMap;
+
 use burn::{
-    module::{Module, ModuleVisitor, Param},
+    module::{Module, ModuleVisitor, Param, ParamId},
     tensor::Tensor,
 };
 
@@ -30,10 +32,50 @@ impl Parameter {
 
 /// All float parameters of a module, in order. Lazy ones stay so.
 pub fn list(module: &impl Module) -> Vec<Parameter> {
+    identified(module)
+        .into_iter()
+        .map(|(_, parameter)| parameter)
+        .collect()
+}
+
+/// The parameters of a whole model by their identity, which follows from their names (see [`crate::init`]): what a
+/// parameter is called is known also in a part of the model, where other fields lead to it.
+#[derive(Clone, Debug)]
+pub struct Registry(HashMap<u64, (usize, Parameter)>);
+
+impl Registry {
+    /// Of a whole model, whose lazy parameters stay so.
+    pub fn of(model: &impl Module) -> Self {
+        let numbered = identified(model).into_iter().enumerate();
+        Self(
+            numbered
+                .map(|(at, (id, parameter))| (id.val(), (at, parameter)))
+                .collect(),
+        )
+    }
+
+    /// The name of a parameter of the model.
+    pub fn path(&self, id: ParamId) -> Option<&str> {
+        let (_, parameter) = self.0.get(&id.val())?;
+        Some(&parameter.path)
+    }
+
+    /// The identities, as numbers, of the parameters of a part of the model.
+    pub fn held(&self, part: &impl Module) -> impl Iterator<Item = u64> {
+        identified(part).into_iter().map(|(id, _)| id.val())
+    }
+
+    /// The place of a parameter among all of the model, from 0.
+    pub fn place(&self, id: ParamId) -> Option<usize> {
+        self.0.get(&id.val()).map(|(place, _)| *place)
+    }
+}
+
+fn identified(module: &impl Module) -> Vec<(ParamId, Parameter)> {
     #[derive(Default)]
     struct Lister {
         path: ModulePath,
-        found: Vec<Parameter>,
+        found: Vec<(ParamId, Parameter)>,
     }
     impl ModuleVisitor for Lister {
         fn enter_module(&mut self, name: &str, container: &str) {
@@ -43,11 +85,11 @@ pub fn list(module: &impl Module) -> Vec<Parameter> {
             self.path.exit(container);
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let shape = param.lazy_shape().to_vec();
-            self.found.push(Parameter {
+            let parameter = Parameter {
                 path: self.path.join(),
-                shape,
-            });
+                shape: param.lazy_shape().to_vec(),
+            };
+            self.found.push((param.id, parameter));
         }
     }
     let mut lister = Lister::default();

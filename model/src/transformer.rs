@@ -11,16 +11,14 @@ use burn::{
     nn::Embedding,
     tensor::{Device, Int, Tensor},
 };
-use deepburn_kernels::{
-    compact::{CompactFormat, NotCompact},
-    cross_entropy::linear_cross_entropy,
-};
+use deepburn_kernels::compact::{CompactFormat, NotCompact};
 
 use crate::{
     attention::{AttentionMask, LatentCache, Layout, PagedCache},
     config::ModelConfig,
     init::Initializer,
     layer::{DecoderLayer, LayerOutput},
+    loss::head_cross_entropy,
     moe::MoeOutput,
     mtp::{MtpModule, MtpOutput},
     norm::RmsNorm,
@@ -217,6 +215,11 @@ impl Transformer {
             .activation(self.embed_tokens.forward(tokens))
     }
 
+    /// How products are computed.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
     /// The output head, shared by the main model and all prediction depths.
     ///
     /// # Shapes
@@ -240,13 +243,7 @@ impl Transformer {
             Some(head) => head.weight.val(),
             None => self.embed_tokens.weight.val().transpose(),
         };
-        let [batch, length, width] = hidden.dims();
-        let rows = batch * length;
-        linear_cross_entropy(
-            self.arithmetic.activation(hidden.reshape([rows, width])),
-            self.arithmetic.weight(weight),
-            targets.reshape([rows]),
-        )
+        head_cross_entropy(hidden, weight, targets, self.arithmetic)
     }
 
     /// An empty cache for this model.

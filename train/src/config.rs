@@ -8,6 +8,8 @@ use serde_json::json;
 
 use crate::{
     data::{DataConfig, DataError},
+    parallel::Mesh,
+    pipeline::schedule::Schedule,
     precision::{Fp8Ablation, Precision},
     schedule::{LearningRate, Switch},
     spike::SpikeConfig,
@@ -93,6 +95,9 @@ pub struct TrainConfig {
     /// When and how many checkpoints are kept.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
+    /// How many ranks train, and how they share the work.
+    #[serde(default)]
+    pub parallel: ParallelConfig,
 }
 
 /// `[ablation]`: experiments that show what a part of the recipe is good for, by leaving it out.
@@ -288,6 +293,84 @@ impl Default for CheckpointConfig {
     }
 }
 
+/// `[parallel]` (report section 3.2)
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ParallelConfig {
+    /// Ranks that share the layers.
+    pub pipeline: usize,
+    /// Ranks that share the routed experts of a layer.
+    pub expert: usize,
+    /// How often all of that is repeated.
+    pub data: usize,
+    /// In which order a rank of a pipeline works.
+    pub schedule: ScheduleName,
+    /// Micro-batches of each pipeline in a step: `batch.accumulation` divided among them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batches: Option<usize>,
+    /// Layers of each stage; as even as they can be if it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Vec<usize>>,
+    /// Whether stages keep only their inputs, and compute their forward passes again for the backward passes.
+    pub recompute: bool,
+    /// Seconds that ranks wait for each other while nothing moves before they give up.
+    pub deadline: u64,
+}
+
+impl Default for ParallelConfig {
+    fn default() -> Self {
+        Self {
+            pipeline: 1,
+            expert: 1,
+            data: 1,
+            schedule: ScheduleName::OneFOneB,
+            micro_batches: None,
+            layers: None,
+            recompute: false,
+            deadline: 600,
+        }
+    }
+}
+
+impl ParallelConfig {
+    /// How the ranks are arranged.
+    pub fn mesh(&self) -> Mesh {
+        Mesh {
+            data: self.data,
+            pipeline: self.pipeline,
+            expert: self.expert,
+        }
+    }
+}
+
+/// [`Schedule`] as it is written.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub enum ScheduleName {
+    /// 1F1B.
+    #[serde(rename = "1f1b")]
+    OneFOneB,
+    /// ZB1P.
+    #[serde(rename = "zb1p")]
+    ZeroBubble,
+    /// DualPipe.
+    #[serde(rename = "dualpipe")]
+    DualPipe,
+    /// DualPipeV.
+    #[serde(rename = "dualpipe-v")]
+    DualPipeV,
+}
+
+impl From<ScheduleName> for Schedule {
+    fn from(name: ScheduleName) -> Self {
+        match name {
+            ScheduleName::OneFOneB => Self::OneFOneB,
+            ScheduleName::ZeroBubble => Self::ZeroBubble,
+            ScheduleName::DualPipe => Self::DualPipe,
+            ScheduleName::DualPipeV => Self::DualPipeV,
+        }
+    }
+}
+
 fn one() -> usize {
     1
 }
@@ -304,7 +387,7 @@ impl TrainConfig {
         Ok(config)
     }
 
-    fn validate(self) -> Result<Self, ConfigError> {
+    fn validate(mut self) -> Result<Self, ConfigError> {
         let positive = [
             ("run.steps", self.run.steps),
             ("batch.sequences", self.batch.sequences as u64),
@@ -313,6 +396,10 @@ impl TrainConfig {
             ("validation.windows", self.validation.windows),
             ("checkpoint.interval", self.checkpoint.interval),
             ("checkpoint.keep", self.checkpoint.keep as u64),
+            ("parallel.pipeline", self.parallel.pipeline as u64),
+            ("parallel.expert", self.parallel.expert as u64),
+            ("parallel.data", self.parallel.data as u64),
+            ("parallel.deadline", self.parallel.deadline),
         ];
         for (key, value) in positive {
             if value == 0 {
@@ -391,6 +478,11 @@ impl TrainConfig {
             return Err(ConfigError::rule(&format!("schedule.{key}"), value, rule));
         }
         self.data.validate()?;
+        self.share_micro_batches()?;
+        if let (Some(ema), 2..) = (self.ema, self.parallel.mesh().ranks()) {
+            let rule = "is kept by a run of one rank alone";
+            return Err(ConfigError::rule("ema.decay", ema.decay, rule));
+        }
         Ok(self)
     }
 
@@ -401,6 +493,49 @@ impl TrainConfig {
             recompute: self.memory.recompute,
             ..self.precision.arithmetic()
         }
+    }
+
+    /// Divides the micro-batches of a step among the pipelines, or adds up those of the pipelines where the step does not
+    /// say.
+    fn share_micro_batches(&mut self) -> Result<(), ConfigError> {
+        let parallel = &mut self.parallel;
+        let pipelines = parallel.data.saturating_mul(parallel.expert);
+        let accumulation = &mut self.batch.accumulation;
+        match parallel.micro_batches {
+            Some(each) if *accumulation == 1 => *accumulation = each.saturating_mul(pipelines),
+            _ => (),
+        }
+        let each = *accumulation / pipelines;
+        if each.saturating_mul(pipelines) != *accumulation
+            || parallel.micro_batches.is_some_and(|asked| asked != each)
+        {
+            let per_pipeline = match parallel.micro_batches {
+                Some(asked) => format!("parallel.micro_batches {asked}"),
+                None => "a whole number".into(),
+            };
+            let rule =
+                format!("must be parallel.data x parallel.expert {pipelines} times {per_pipeline}");
+            return Err(ConfigError::rule(
+                "batch.accumulation",
+                *accumulation,
+                &rule,
+            ));
+        }
+        let schedule = Schedule::from(parallel.schedule);
+        let timeline = schedule.timeline(parallel.pipeline, each);
+        timeline.map_err(|refused| {
+            let key = match refused.field {
+                "ranks" => "parallel.pipeline",
+                _ => "batch.accumulation",
+            };
+            ConfigError::rule(key, refused.value, &refused.rule)
+        })?;
+        Ok(())
+    }
+
+    /// Micro-batches of each pipeline in a step.
+    pub fn micro_batches_per_pipeline(&self) -> usize {
+        self.batch.accumulation / (self.parallel.data * self.parallel.expert)
     }
 
     /// Tokens predicted per optimizer step.

@@ -3,7 +3,10 @@
 //! The Learner hands its optimizer out in one place, [`TrainStep::optimize`]: clipping by the global norm, the
 //! optimizer step, the selection biases and snapshots of the optimizer's state all happen there.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+};
 
 use burn::{
     module::Module,
@@ -14,11 +17,14 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData},
     train::{InferenceStep, TrainOutput, TrainStep},
 };
-use deepburn_model::transformer::Transformer;
+use deepburn_model::{parameters::Registry, transformer::Transformer};
 
 use crate::{
     report::StepReport,
-    step::{self, LossWeights, UpdateRule},
+    run::TrainError,
+    state::{Checkpoints, Contents},
+    step::{self, LossWeights, UpdateRule, Windows},
+    strategy::Trained,
 };
 
 /// Windows of tokens.
@@ -37,6 +43,22 @@ impl Batch {
             .iter()
             .map(|window| window.len() as u64 - 1)
             .sum()
+    }
+
+    /// On a device, in micro-batches of `sequences` windows.
+    pub(crate) fn micro_batches(&self, sequences: usize, device: &Device) -> Vec<Windows> {
+        let micro_batches = self.windows.chunks(sequences);
+        let on_device = |windows: &[Vec<u32>]| {
+            let batch = Self {
+                windows: windows.to_vec(),
+                document_end: self.document_end,
+            };
+            Windows {
+                tokens: batch.tokens(device),
+                first: batch.first(device),
+            }
+        };
+        micro_batches.map(on_device).collect()
     }
 
     fn tokens(&self, device: &Device) -> Tensor<2, Int> {
@@ -99,6 +121,7 @@ struct State {
     snapshot: Option<OptimizerRecord>,
     not_finite: Vec<String>,
     left_out: bool,
+    error: Option<TrainError>,
 }
 
 /// What holds for one step.
@@ -124,6 +147,7 @@ impl Exchange {
             snapshot: None,
             not_finite: Vec::new(),
             left_out: false,
+            error: None,
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -140,6 +164,11 @@ impl Exchange {
     /// Asks that the step under way changes nothing.
     pub fn leave_out(&self) {
         self.lock().left_out = true;
+    }
+
+    /// Whether the step under way is to change nothing.
+    pub(crate) fn is_left_out(&self) -> bool {
+        self.lock().left_out
     }
 
     /// Asks for the optimizer's state after the step under way.
@@ -162,6 +191,31 @@ impl Exchange {
         self.lock().not_finite.clone()
     }
 
+    /// Notes what went wrong in a step, which Burn has no way to return.
+    pub(crate) fn fail(&self, error: TrainError) {
+        self.lock().error.get_or_insert(error);
+    }
+
+    /// What went wrong in a step.
+    pub(crate) fn check(&self) -> Result<(), TrainError> {
+        self.lock().error.take().map_or(Ok(()), Err)
+    }
+
+    /// What holds for the step under way.
+    pub(crate) fn settings(&self) -> StepSettings {
+        self.lock().settings
+    }
+
+    /// Tells what came of the optimizer step, and hands out the optimizer's state if it is wanted.
+    pub(crate) fn end(&self, norm: f64, not_finite: Vec<String>, optimizer: &ModuleOptimizer) {
+        let mut state = self.lock();
+        state.gradient_norm = norm;
+        state.not_finite = not_finite;
+        if state.settings.snapshot {
+            state.snapshot = Some(optimizer.to_record());
+        }
+    }
+
     /// The optimizer's state, if it was asked for.
     pub fn take_snapshot(&self) -> Option<OptimizerRecord> {
         self.lock().snapshot.take()
@@ -173,7 +227,7 @@ impl Exchange {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn add_loads(&self, loads: &[Vec<u64>]) {
+    pub(crate) fn add_loads(&self, loads: &[Vec<u64>]) {
         let mut state = self.lock();
         if state.loads.is_empty() {
             state.loads = loads.to_vec();
@@ -218,7 +272,7 @@ impl Trainee {
 
     fn losses(&self, batch: &Batch) -> step::Losses {
         let device = self.model.norm.weight.val().device();
-        let weights = self.exchange.lock().settings.weights;
+        let weights = self.exchange.settings().weights;
         step::losses(
             &self.model,
             batch.tokens(&device),
@@ -234,7 +288,7 @@ impl TrainStep for Trainee {
 
     fn step(&self, batch: Batch) -> TrainOutput<StepReport> {
         let losses = self.losses(&batch);
-        let accumulation = self.exchange.lock().settings.accumulation;
+        let accumulation = self.exchange.settings().accumulation;
         let gradients = (losses.total.clone() / accumulation as f64).backward();
         let (report, loads) = self.report(&batch, losses);
         self.exchange.add_loads(&loads);
@@ -247,25 +301,43 @@ impl TrainStep for Trainee {
         rate: ModuleLearningRate,
         gradients: GradientsParams,
     ) -> Self {
-        let (rule, loads, left_out) = {
-            let state = self.exchange.lock();
-            (state.settings.rule, state.loads.clone(), state.left_out)
-        };
+        let (rule, loads) = (self.exchange.settings().rule, self.exchange.loads());
         let norm = step::global_norm(&self.model, &gradients);
         let mut not_finite = Vec::new();
         if !norm.is_finite() {
-            not_finite = step::not_finite(&self.model, &gradients);
-        } else if !left_out {
+            let registry = Registry::of(&self.model);
+            let broken = step::not_finite(&self.model, &gradients).into_iter();
+            not_finite = broken
+                .filter_map(|id| registry.path(id).map(str::to_owned))
+                .collect();
+        } else if !self.exchange.is_left_out() {
             self.model = step::update(self.model, optimizer, rate, gradients, norm, &loads, rule);
         }
-        let mut state = self.exchange.lock();
-        state.gradient_norm = norm;
-        state.not_finite = not_finite;
-        if state.settings.snapshot {
-            state.snapshot = Some(optimizer.to_record());
-        }
-        drop(state);
+        self.exchange.end(norm, not_finite, optimizer);
         self
+    }
+}
+
+impl Trained for Trainee {
+    fn exchange(&self) -> &Exchange {
+        &self.exchange
+    }
+
+    fn whole(&self) -> Option<&Transformer> {
+        Some(&self.model)
+    }
+
+    fn agree_to_stop(&self, asked: bool) -> Result<bool, TrainError> {
+        Ok(asked)
+    }
+
+    fn save(
+        &self,
+        checkpoints: &Checkpoints,
+        contents: Contents<'_>,
+        record: OptimizerRecord,
+    ) -> Result<PathBuf, TrainError> {
+        Ok(checkpoints.write(&self.model, contents, record)?)
     }
 }
 

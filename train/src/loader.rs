@@ -23,6 +23,8 @@ pub struct WindowLoader {
     start: u64,
     end: u64,
     stride: u64,
+    /// Which part of each batch is read, of how many.
+    share: (usize, usize),
     document_end: Option<u32>,
 }
 
@@ -41,7 +43,17 @@ impl WindowLoader {
             start: windows.start,
             end: windows.end,
             stride: 1,
+            share: (0, 1),
             document_end,
+        }
+    }
+
+    /// Every `count` batches as one, of which part `which` of `of` equal parts is read.
+    pub fn grouped(self, count: usize, which: usize, of: usize) -> Self {
+        Self {
+            sequences: self.sequences * count,
+            share: (which, of),
+            ..self
         }
     }
 
@@ -100,8 +112,10 @@ impl Iterator for Windows<'_> {
         if count == 0 {
             return None;
         }
-        let windows: Result<Vec<_>, _> = (self.cursor.consumed..)
-            .take(count)
+        let (which, of) = self.loader.share;
+        let part = count / of;
+        let windows: Result<Vec<_>, _> = (self.cursor.consumed + (which * part) as u64..)
+            .take(part)
             .map(|window| Cursor {
                 consumed: window * self.loader.stride,
             })

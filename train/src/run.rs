@@ -1,17 +1,18 @@
 //! A training run from its configuration to its last checkpoint.
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
 };
 
 use burn::{
     data::dataset::DatasetError,
     module::Module,
+    optim::OptimizerRecord,
     tensor::Device,
     train::{
-        EventProcessorError, Interrupter, Learner, SupervisedTraining, TrainingStrategy,
-        logger::InMemoryMetricLogger, renderer::MetricsRenderer,
+        EventProcessorError, Interrupter, Learner, LearnerModel, SupervisedTraining,
+        TrainingStrategy, logger::InMemoryMetricLogger, renderer::MetricsRenderer,
     },
 };
 use deepburn_kernels::fp8::ablation;
@@ -23,15 +24,18 @@ use deepburn_model::{
 
 use crate::{
     average::Average,
+    cluster::{self, Job},
     config::TrainConfig,
     data::{DataError, PackedDataset, Prepared},
     learner::{Exchange, StepSettings, Trainee},
     loader::WindowLoader,
     optimizer::{ReportSchedule, adamw},
+    parallel::CommError,
     report::{Measure, StepReport},
-    state::{self, Checkpoints, RunState, StateError},
+    shards,
+    state::{self, Checkpoints, History, RunState, StateError},
     step::{LossWeights, UpdateRule},
-    strategy::{Outcome, SingleDevice},
+    strategy::{Outcome, Plan, StepByStep, Trained},
 };
 
 /// Why a run ended early.
@@ -113,6 +117,28 @@ pub enum TrainError {
         /// The step.
         step: u64,
     },
+    /// Ranks cannot talk to each other any more.
+    #[error(transparent)]
+    Communication(#[from] CommError),
+    /// What ended the run on another rank.
+    #[error("rank {rank}: {what}")]
+    Rank {
+        /// Which.
+        rank: usize,
+        /// What it says.
+        what: String,
+    },
+    /// Ranks that were not started in the same way.
+    #[error("rank {rank} differs from rank 0 in {what}")]
+    Differs {
+        /// Which.
+        rank: usize,
+        /// The parts of the configuration, or what else it is.
+        what: String,
+    },
+    /// `[parallel]` does not fit the model or the number of ranks.
+    #[error("[parallel] {0}")]
+    Ranks(String),
     /// A checkpoint was due and the optimizer's state was not recorded.
     #[error("step {step}: the optimizer's state was not recorded")]
     NoSnapshot {
@@ -160,79 +186,159 @@ pub fn run(
         let device = format!("{:?}", options.device);
         return Err(TrainError::AblationDevice { device });
     }
-    let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
-    let (model, average, state, record) = match (options.resume, checkpoints.latest()) {
-        (false, Some(_)) => {
-            return Err(TrainError::Exists {
-                path: config.run.directory.clone(),
-            });
-        }
-        (false, None) => {
+    if config.parallel.mesh().ranks() > 1 {
+        let device = options.device.clone();
+        let job = Job {
+            config,
+            shape: &shape,
+            data: &data,
+            device: &device,
+            resume: options.resume,
+        };
+        return cluster::on_threads(job, options);
+    }
+    let beginning = Beginning::find(config, &data, options.resume)?;
+    let (model, record) = match beginning.checkpoint() {
+        None => {
             let model = Transformer::new(&shape, config.run.seed, &options.device);
-            let state = RunState::new(0, config, &data);
-            (model.clone(), model, state, None)
+            (model, None)
         }
-        (true, None) => {
-            return Err(StateError::None {
-                path: config.run.directory.clone(),
-            }
-            .into());
-        }
-        (true, Some(path)) => {
-            let (state, record) = state::read(&path)?;
-            state::check_unchanged(&path, &state, &RunState::new(state.step, config, &data))?;
-            let (saved, model) = checkpoint::load(&path, &options.device)?;
-            if saved != shape {
-                let what = "config.json differs from model.config with this tokenizer".into();
-                return Err(StateError::State { path, what }.into());
-            }
-            let average = match config.ema {
-                None => model.clone(),
-                Some(_) => checkpoint::load(&path.join(state::AVERAGE), &Device::flex())?.1,
-            };
-            (model, average, state, Some(record))
+        Some(path) => {
+            let (saved, model) = checkpoint::load(path, &options.device)?;
+            beginning.check_shape(&saved, &shape)?;
+            (model, Some(shards::read_moments(path, &|_| true)?))
         }
     };
-    let done = state.step;
-    let average = config.ema.map(|ema| Average::new(average, ema.decay));
-
-    let folder = &config.run.directory;
-    std::fs::create_dir_all(folder).map_err(|source| CheckpointError::Io {
-        path: folder.clone(),
-        source,
-    })?;
+    let average = match (config.ema, beginning.checkpoint()) {
+        (None, _) => None,
+        (Some(ema), None) => Some(Average::new(model.clone(), ema.decay)),
+        (Some(ema), Some(path)) => {
+            let (_, model) = checkpoint::load(&path.join(state::AVERAGE), &Device::flex())?;
+            Some(Average::new(model, ema.decay))
+        }
+    };
+    let done = beginning.done();
     let exchange = Exchange::new(settings(config, done));
     let model = model.with_arithmetic(config.arithmetic());
-    let trainee = Trainee::new(model, exchange.clone()).train();
+    let learner = learner(Trainee::new(model, exchange).train(), config, done, record);
+    let loaders = loaders(config, &data, done)?;
+    let plan = Plan {
+        config: config.clone(),
+        shape,
+        data,
+        batches: config.batch.accumulation,
+        done,
+        history: beginning.history(),
+        average: Mutex::new(average),
+        outcome: outcome(done),
+    };
+    lead(plan, learner, loaders, options)
+}
+
+/// Where a run begins.
+pub(crate) struct Beginning(Option<(PathBuf, RunState)>);
+
+impl Beginning {
+    /// At the start, or where the newest checkpoint was written.
+    pub(crate) fn find(
+        config: &TrainConfig,
+        data: &Prepared,
+        resume: bool,
+    ) -> Result<Self, TrainError> {
+        let path = config.run.directory.clone();
+        let checkpoints = Checkpoints::new(&path, config.checkpoint.keep);
+        match (resume, checkpoints.latest()) {
+            (false, Some(_)) => Err(TrainError::Exists { path }),
+            (false, None) => Ok(Self(None)),
+            (true, None) => Err(StateError::None { path }.into()),
+            (true, Some(path)) => {
+                let state = state::read(&path)?;
+                state::check_unchanged(&path, &state, &RunState::new(state.step, config, data))?;
+                Ok(Self(Some((path, state))))
+            }
+        }
+    }
+
+    /// What to go on from.
+    pub(crate) fn checkpoint(&self) -> Option<&Path> {
+        self.0.as_ref().map(|(path, _)| path.as_path())
+    }
+
+    /// Steps done before.
+    pub(crate) fn done(&self) -> u64 {
+        self.0.as_ref().map_or(0, |(_, state)| state.step)
+    }
+
+    /// What happened in them.
+    pub(crate) fn history(&self) -> History {
+        let state = self.0.as_ref().map(|(_, state)| state);
+        state.map_or_else(History::default, |state| state.history.clone())
+    }
+
+    /// Refuses a checkpoint of another model.
+    pub(crate) fn check_shape(
+        &self,
+        saved: &ModelConfig,
+        expected: &ModelConfig,
+    ) -> Result<(), StateError> {
+        match &self.0 {
+            Some((path, _)) if saved != expected => Err(StateError::State {
+                path: path.clone(),
+                what: "config.json differs from model.config with this tokenizer".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A learner that goes on after `done` steps with the moments of `record`.
+pub(crate) fn learner<M: LearnerModel>(
+    trainee: M,
+    config: &TrainConfig,
+    done: u64,
+    record: Option<OptimizerRecord>,
+) -> Learner<M> {
     let rate = ReportSchedule::new(config.schedule.clone(), config.run.steps, done);
     let mut learner = Learner::new(trainee, adamw(&config.optimizer, config.precision), rate);
     if let Some(record) = record {
         learner.load_optim(record);
     }
-    let (train, valid) = loaders(config, &data, done)?;
-    let outcome = Arc::new(Mutex::new(Outcome {
+    learner
+}
+
+/// An outcome to begin with.
+pub(crate) fn outcome(done: u64) -> Arc<Mutex<Outcome>> {
+    Arc::new(Mutex::new(Outcome {
         steps: done,
         ..Outcome::default()
-    }));
-    let strategy = SingleDevice {
+    }))
+}
+
+/// Trains in sight of the user.
+pub(crate) fn lead<M: Trained>(
+    plan: Plan,
+    learner: Learner<M>,
+    (train, valid): (WindowLoader, WindowLoader),
+    options: RunOptions,
+) -> Result<RunSummary, TrainError> {
+    let plan = Arc::new(plan);
+    let config = &plan.config;
+    let folder = &config.run.directory;
+    std::fs::create_dir_all(folder).map_err(|source| CheckpointError::Io {
+        path: folder.clone(),
+        source,
+    })?;
+    let strategy = StepByStep {
+        plan: plan.clone(),
         device: options.device.clone().autodiff(),
-        config: config.clone(),
-        shape,
-        data,
-        exchange,
-        done,
-        history: state.history,
-        average: Mutex::new(average),
-        outcome: outcome.clone(),
     };
     let stretches = config.run.steps.div_ceil(config.validation.interval) as usize;
-    let mut training =
-        SupervisedTraining::new(&config.run.directory, Arc::new(train), Arc::new(valid))
-            .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
-            .with_metric_logger(InMemoryMetricLogger::new())
-            .with_application_logger(None)
-            .with_interrupter(options.interrupter)
-            .num_epochs(stretches);
+    let mut training = SupervisedTraining::new(folder, Arc::new(train), Arc::new(valid))
+        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+        .with_metric_logger(InMemoryMetricLogger::new())
+        .with_application_logger(None)
+        .with_interrupter(options.interrupter)
+        .num_epochs(stretches);
     for measure in Measure::of_training() {
         training = training.metric_train_numeric(measure);
     }
@@ -243,24 +349,28 @@ pub fn run(
         training = training.renderer(renderer);
     }
     let result = training.launch(learner);
-
-    let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(error) = outcome.error.take() {
+    if let Some(error) = plan.outcome().error.take() {
         return Err(error);
     }
     if let Some(error) = result.error {
         return Err(TrainError::Burn(error.to_string()));
     }
-    Ok(RunSummary {
+    Ok(summary(&plan))
+}
+
+/// What came of a run that has ended well.
+pub(crate) fn summary(plan: &Plan) -> RunSummary {
+    let mut outcome = plan.outcome();
+    RunSummary {
         steps: outcome.steps,
-        interrupted: outcome.steps < config.run.steps,
+        interrupted: outcome.steps < plan.config.run.steps,
         validation: outcome.validation.take(),
         checkpoint: outcome.checkpoint.take(),
-    })
+    }
 }
 
 /// The model's shape with vocabulary and special tokens of the tokenizer.
-fn shape_for(config: &TrainConfig, data: &Prepared) -> Result<ModelConfig, TrainError> {
+pub(crate) fn shape_for(config: &TrainConfig, data: &Prepared) -> Result<ModelConfig, TrainError> {
     let shape = ModelConfig {
         vocab_size: data.vocab_size,
         bos_token_id: data.bos_id,
@@ -302,7 +412,8 @@ pub(crate) fn settings(config: &TrainConfig, step: u64) -> StepSettings {
     }
 }
 
-fn loaders(
+/// Batches of the steps that are left, and of validation.
+pub(crate) fn loaders(
     config: &TrainConfig,
     data: &Prepared,
     done: u64,

@@ -30,6 +30,8 @@ use crate::{
 
 /// Where a checkpoint has the average of the weights, if the run keeps one.
 pub const AVERAGE: &str = "training/ema";
+/// The moments, where one process writes them.
+pub(crate) const OPTIMIZER: &str = "training/optimizer.bpk";
 
 /// Changes whenever `training/` is read differently.
 const FORMAT: u32 = 1;
@@ -161,11 +163,9 @@ pub struct Checkpoints {
 /// What a checkpoint consists of.
 #[derive(Clone, Copy, Debug)]
 pub struct Contents<'a> {
-    /// The model.
-    pub model: &'a Transformer,
-    /// The average of its weights, if one is kept.
+    /// The average of the weights, if one is kept.
     pub average: Option<&'a Transformer>,
-    /// Its shape.
+    /// The model's shape.
     pub shape: &'a ModelConfig,
     /// How the run goes on.
     pub state: &'a RunState,
@@ -214,11 +214,33 @@ impl Checkpoints {
     /// What the file system answers.
     pub fn write(
         &self,
+        model: &Transformer,
         contents: Contents<'_>,
         record: OptimizerRecord,
     ) -> Result<PathBuf, StateError> {
-        let path = self.folder.join(format!("step-{:08}", contents.state.step));
-        write_directory(&path, |staging| fill(staging, contents, record))?;
+        self.commit(contents.state.step, |staging| {
+            checkpoint::save(model, contents.shape, staging, &SaveOptions::default())?;
+            write_run(staging, contents)?;
+            let path = staging.join(OPTIMIZER);
+            record
+                .save(&path)
+                .map_err(|source| StateError::Optimizer { path, source })
+        })
+    }
+
+    /// As [`Checkpoints::write`], with contents that `fill` writes into the folder that it is given.
+    pub(crate) fn commit<E: From<CheckpointError> + From<StateError>>(
+        &self,
+        step: u64,
+        fill: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<PathBuf, E> {
+        let path = self.folder.join(format!("step-{step:08}"));
+        write_directory(&path, fill)?;
+        Ok(self.tidy_up(path)?)
+    }
+
+    /// Points to the newest checkpoint and removes those that are no longer kept.
+    fn tidy_up(&self, path: PathBuf) -> Result<PathBuf, StateError> {
         self.point_latest_to(&path)?;
         let all = self.all();
         for old in &all[..all.len().saturating_sub(self.keep)] {
@@ -248,16 +270,11 @@ impl Checkpoints {
     }
 }
 
-fn fill(folder: &Path, contents: Contents<'_>, record: OptimizerRecord) -> Result<(), StateError> {
-    checkpoint::save(
-        contents.model,
-        contents.shape,
-        folder,
-        &SaveOptions::default(),
-    )?;
+/// Writes what a checkpoint has besides weights and moments.
+pub(crate) fn write_run(folder: &Path, contents: Contents<'_>) -> Result<(), StateError> {
     write_tokenizer(folder, contents.tokenizer, contents.shape)?;
     let training = folder.join("training");
-    fs::create_dir(&training).map_err(io_error(&training))?;
+    fs::create_dir_all(&training).map_err(io_error(&training))?;
     if let Some(average) = contents.average {
         let folder = folder.join(AVERAGE);
         fs::create_dir(&folder).map_err(io_error(&folder))?;
@@ -266,11 +283,10 @@ fn fill(folder: &Path, contents: Contents<'_>, record: OptimizerRecord) -> Resul
     let state = serde_json::to_vec_pretty(contents.state).expect("numbers and strings");
     write_file(&training.join("state.json"), &state)?;
     let config = toml::to_string(contents.config).expect("read from such a file");
-    write_file(&training.join("config.toml"), config.as_bytes())?;
-    let path = training.join("optimizer.bpk");
-    record
-        .save(&path)
-        .map_err(|source| StateError::Optimizer { path, source })
+    Ok(write_file(
+        &training.join("config.toml"),
+        config.as_bytes(),
+    )?)
 }
 
 /// The tokenizer with the files by which transformers knows its special tokens.
@@ -305,11 +321,11 @@ fn write_tokenizer(folder: &Path, tokenizer: &Path, shape: &ModelConfig) -> Resu
     Ok(())
 }
 
-/// Reads what a checkpoint says about its run, and its moments.
+/// Reads what a checkpoint says about its run.
 ///
 /// # Errors
-/// Files that are missing, malformed or of another layout.
-pub fn read(checkpoint: &Path) -> Result<(RunState, OptimizerRecord), StateError> {
+/// A file that is missing, malformed or of another layout.
+pub fn read(checkpoint: &Path) -> Result<RunState, StateError> {
     let path = checkpoint.join("training/state.json");
     let text = fs::read_to_string(&path).map_err(io_error(&path))?;
     let state: RunState = serde_json::from_str(&text).map_err(|error| StateError::State {
@@ -320,10 +336,7 @@ pub fn read(checkpoint: &Path) -> Result<(RunState, OptimizerRecord), StateError
         let what = format!("format is {}, expected {FORMAT}", state.format);
         return Err(StateError::State { path, what });
     }
-    let path = checkpoint.join("training/optimizer.bpk");
-    let record =
-        OptimizerRecord::load(&path).map_err(|source| StateError::Optimizer { path, source })?;
-    Ok((state, record))
+    Ok(state)
 }
 
 /// Refuses to resume a run whose next step would not be the one that an uninterrupted run had taken.
@@ -377,7 +390,7 @@ pub fn check_unchanged(
     differ("the training split", tokens(found), tokens(expected))
 }
 
-fn io_error(path: &Path) -> impl FnOnce(io::Error) -> StateError {
+pub(crate) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> StateError {
     let path = path.to_owned();
     move |source| StateError::Io { path, source }
 }

@@ -1,7 +1,7 @@
 //! One training step on one screen: losses, gradients, clipping, optimizer, selection bias.
 
 use burn::{
-    module::{Module, ModuleVisitor, Param},
+    module::{Module, ModuleVisitor, Param, ParamId},
     optim::{
         GradientsParams, ModuleOptimizer, lr_scheduler::module_lr_scheduler::ModuleLearningRate,
     },
@@ -12,8 +12,8 @@ use deepburn_model::{
     attention::AttentionMask,
     layer::FeedForward,
     loss::{BalanceReading, sequence_balance},
-    moe::MoeOutput,
-    parameters::ModulePath,
+    moe::{MoeOutput, Router},
+    mtp::MtpOutput,
     transformer::Transformer,
 };
 
@@ -56,49 +56,156 @@ pub fn losses(
     first: Option<Tensor<2, Int>>,
     weights: LossWeights,
 ) -> Losses {
-    let [batch, columns] = windows.dims();
-    let length = columns - 1;
-    let device = windows.device();
-    let mask = |length: usize| match &first {
-        Some(first) => AttentionMask::from_first(first.clone().narrow(1, 0, length)),
-        None => AttentionMask::causal(length, &device),
+    let windows = Windows {
+        tokens: windows,
+        first,
     };
-    let from = |start: usize, length: usize| windows.clone().narrow(1, start, length);
-
-    let output = model.forward(from(0, length), &mask(length));
-    let main = model.cross_entropy(output.hidden.clone(), from(1, length));
-    let mut layers = output.moe;
-    let mut hidden = output.hidden;
-    let mut mtp = Vec::new();
-    for depth in 0..model.mtp.len() {
-        // Depth k sees positions whose token k + 1 further on is known (equation 24).
-        let length = length - depth - 1;
-        let previous = hidden.narrow(1, 0, length);
-        let output = model.predict_further(depth, previous, from(depth + 1, length), &mask(length));
-        mtp.push(model.cross_entropy(output.hidden.clone(), from(depth + 2, length)));
-        layers.extend(output.block.moe);
-        hidden = output.hidden;
-    }
-
-    let zero = || Tensor::zeros([1], &device);
-    let balance = if weights.balance == 0.0 {
-        zero()
-    } else {
-        let layer = |moe: &MoeOutput| sequence_balance(&moe.routing, batch, weights.reading);
-        layers
-            .iter()
-            .map(layer)
-            .fold(zero(), |sum, loss| sum + loss)
-    };
-    let further = mtp.iter().cloned().fold(zero(), |sum, loss| sum + loss);
-    let lambda = weights.mtp / model.mtp.len().max(1) as f64;
+    let length = windows.length();
+    let output = model.forward(windows.part(0, length), &windows.mask(length));
+    let predictions = predictions(model, output.hidden, &windows);
+    let layers = [output.moe, predictions.moe].concat();
+    let balance = balance_loss(&layers, &windows, weights);
     Losses {
-        total: main.clone() + further * lambda + balance.clone() * weights.balance,
-        main,
-        mtp,
+        total: weighted(&predictions.main, &predictions.mtp, weights)
+            + balance.clone() * weights.balance,
+        main: predictions.main,
+        mtp: predictions.mtp,
         balance,
         loads: layers.into_iter().map(|moe| moe.load).collect(),
     }
+}
+
+/// Windows of tokens on a device.
+#[derive(Clone, Debug)]
+pub struct Windows {
+    /// Inputs and their last target, `[B, L + 1]`.
+    pub tokens: Tensor<2, Int>,
+    /// The first position that each one sees, `[B, L]`, where attention is to stay within documents.
+    pub first: Option<Tensor<2, Int>>,
+}
+
+impl Windows {
+    /// Positions that are computed, L.
+    pub fn length(&self) -> usize {
+        self.tokens.dims()[1] - 1
+    }
+
+    /// The same outside autodiff.
+    pub(crate) fn inner(&self) -> Self {
+        Self {
+            tokens: self.tokens.clone().inner(),
+            first: self.first.clone().map(Tensor::inner),
+        }
+    }
+
+    /// `length` tokens of each window from `start` on.
+    pub(crate) fn part(&self, start: usize, length: usize) -> Tensor<2, Int> {
+        self.tokens.clone().narrow(1, start, length)
+    }
+
+    /// What the first `length` positions see.
+    pub(crate) fn mask(&self, length: usize) -> AttentionMask {
+        match &self.first {
+            Some(first) => AttentionMask::from_first(first.clone().narrow(1, 0, length)),
+            None => AttentionMask::causal(length, &self.tokens.device()),
+        }
+    }
+}
+
+/// What comes behind the last norm: the output head and the MTP modules.
+pub(crate) trait Predictor {
+    /// MTP modules, D.
+    fn depths(&self) -> usize;
+
+    /// See [`Transformer::cross_entropy`].
+    fn cross_entropy(&self, hidden: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1>;
+
+    /// See [`Transformer::predict_further`].
+    fn predict_further(
+        &self,
+        depth: usize,
+        previous: Tensor<3>,
+        tokens: Tensor<2, Int>,
+        mask: &AttentionMask,
+    ) -> MtpOutput;
+}
+
+impl Predictor for Transformer {
+    fn depths(&self) -> usize {
+        self.mtp.len()
+    }
+
+    fn cross_entropy(&self, hidden: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
+        self.cross_entropy(hidden, targets)
+    }
+
+    fn predict_further(
+        &self,
+        depth: usize,
+        previous: Tensor<3>,
+        tokens: Tensor<2, Int>,
+        mask: &AttentionMask,
+    ) -> MtpOutput {
+        self.predict_further(depth, previous, tokens, mask)
+    }
+}
+
+/// Losses of predictions.
+pub(crate) struct Predictions {
+    pub(crate) main: Tensor<1>,
+    pub(crate) mtp: Vec<Tensor<1>>,
+    /// Of the MTP modules.
+    pub(crate) moe: Vec<MoeOutput>,
+}
+
+/// Predicts from `hidden`, `[B, L, D]`, which is after the last norm.
+pub(crate) fn predictions(
+    model: &impl Predictor,
+    mut hidden: Tensor<3>,
+    windows: &Windows,
+) -> Predictions {
+    let length = windows.length();
+    let mut found = Predictions {
+        main: model.cross_entropy(hidden.clone(), windows.part(1, length)),
+        mtp: Vec::new(),
+        moe: Vec::new(),
+    };
+    for depth in 0..model.depths() {
+        // Depth k sees positions whose token k + 1 further on is known (equation 24).
+        let length = length - depth - 1;
+        let previous = hidden.narrow(1, 0, length);
+        let tokens = windows.part(depth + 1, length);
+        let output = model.predict_further(depth, previous, tokens, &windows.mask(length));
+        let targets = windows.part(depth + 2, length);
+        let loss = model.cross_entropy(output.hidden.clone(), targets);
+        found.mtp.push(loss);
+        found.moe.extend(output.block.moe);
+        hidden = output.hidden;
+    }
+    found
+}
+
+/// `main + lambda / D * sum of mtp`
+pub(crate) fn weighted(main: &Tensor<1>, mtp: &[Tensor<1>], weights: LossWeights) -> Tensor<1> {
+    let zero = Tensor::zeros([1], &main.device());
+    let further = mtp.iter().cloned().fold(zero, |sum, loss| sum + loss);
+    let lambda = weights.mtp / mtp.len().max(1) as f64;
+    main.clone() + further * lambda
+}
+
+/// The sequence-wise balance loss of some layers, without alpha. Zero where alpha is.
+pub(crate) fn balance_loss(
+    layers: &[MoeOutput],
+    windows: &Windows,
+    weights: LossWeights,
+) -> Tensor<1> {
+    let [sequences, _] = windows.tokens.dims();
+    let zero = Tensor::zeros([1], &windows.tokens.device());
+    if weights.balance == 0.0 {
+        return zero;
+    }
+    let layer = |moe: &MoeOutput| sequence_balance(&moe.routing, sequences, weights.reading);
+    layers.iter().map(layer).fold(zero, |sum, loss| sum + loss)
 }
 
 /// How an update is bounded and balanced.
@@ -121,71 +228,66 @@ pub fn update(
     loads: &[Vec<u64>],
     rule: UpdateRule,
 ) -> Transformer {
+    let gradients = clipped(&model, gradients, norm, rule);
+    let mut model = optimizer.step(rate, model, gradients);
+    let main = model.layers.iter_mut().map(|layer| &mut layer.mlp);
+    let further = model.mtp.iter_mut().map(|module| &mut module.block.mlp);
+    let routers = main.chain(further).filter_map(|mlp| match mlp {
+        FeedForward::Moe(moe) => Some(&mut moe.gate),
+        FeedForward::Dense(_) => None,
+    });
+    move_biases(routers.zip(loads), rule.gamma);
+    model
+}
+
+/// The gradients scaled down to the largest norm, if theirs is above it.
+pub(crate) fn clipped(
+    model: &impl Module,
+    gradients: GradientsParams,
+    norm: f64,
+    rule: UpdateRule,
+) -> GradientsParams {
     // As torch.nn.utils.clip_grad_norm_.
     let scale = (rule.clip_norm / (norm + 1e-6)).min(1.0);
-    let gradients = if scale < 1.0 {
-        scaled(&model, gradients, scale)
+    if scale < 1.0 {
+        scaled(model, gradients, scale)
     } else {
         gradients
-    };
-    let model = optimizer.step(rate, model, gradients);
-    move_biases(model, loads, rule.gamma)
+    }
 }
 
 /// Euclidean norm of all gradients together.
 pub fn global_norm(model: &impl Module, gradients: &GradientsParams) -> f64 {
-    struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
-    impl ModuleVisitor for Squares<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.extend(self.0.get::<D>(param.id).map(sum_of_squares));
-        }
-    }
-    let mut squares = Squares(gradients, Vec::new());
-    model.visit(&mut squares);
-    if squares.1.is_empty() {
-        return 0.0;
-    }
-    // One read from the device for all parameters; the sum of them in double precision.
-    let squares: Vec<f64> = Tensor::cat(squares.1, 0)
-        .into_data()
-        .iter::<f64>()
-        .collect();
-    squares.iter().sum::<f64>().sqrt()
+    let squares = squares(model, gradients);
+    squares.iter().map(|(_, square)| square).sum::<f64>().sqrt()
 }
 
-/// The parameters whose gradients have an element that is NaN or infinite, by name; all that have one if the norm alone
-/// is beyond the numbers.
-pub fn not_finite(model: &impl Module, gradients: &GradientsParams) -> Vec<String> {
-    struct Search<'a> {
-        gradients: &'a GradientsParams,
-        path: ModulePath,
-        found: Vec<String>,
-    }
-    impl ModuleVisitor for Search<'_> {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.path.enter(name, container);
-        }
-
-        fn exit_module(&mut self, _: &str, container: &str) {
-            self.path.exit(container);
-        }
-
+/// The sum of the squares of each parameter's gradient, in the order of the module.
+pub(crate) fn squares(model: &impl Module, gradients: &GradientsParams) -> Vec<(ParamId, f64)> {
+    struct Squares<'a>(&'a GradientsParams, Vec<ParamId>, Vec<Tensor<1>>);
+    impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let Some(gradient) = self.gradients.get::<D>(param.id) else {
-                return;
-            };
-            if !sum_of_squares(gradient).into_scalar::<f64>().is_finite() {
-                self.found.push(self.path.join());
+            if let Some(gradient) = self.0.get::<D>(param.id) {
+                self.1.push(param.id);
+                self.2.push(sum_of_squares(gradient));
             }
         }
     }
-    let mut search = Search {
-        gradients,
-        path: ModulePath::default(),
-        found: Vec::new(),
-    };
-    model.visit(&mut search);
-    search.found
+    let mut squares = Squares(gradients, Vec::new(), Vec::new());
+    model.visit(&mut squares);
+    if squares.2.is_empty() {
+        return Vec::new();
+    }
+    // One read from the device for all parameters; sums of them are in double precision.
+    let values = Tensor::cat(squares.2, 0).into_data();
+    squares.1.into_iter().zip(values.iter::<f64>()).collect()
+}
+
+/// The parameters whose gradients have an element that is NaN or infinite.
+pub(crate) fn not_finite(model: &impl Module, gradients: &GradientsParams) -> Vec<ParamId> {
+    let squares = squares(model, gradients).into_iter();
+    let broken = squares.filter(|(_, square)| !square.is_finite());
+    broken.map(|(id, _)| id).collect()
 }
 
 fn scaled(model: &impl Module, gradients: GradientsParams, scale: f64) -> GradientsParams {
@@ -210,18 +312,15 @@ fn scaled(model: &impl Module, gradients: GradientsParams, scale: f64) -> Gradie
     scaler.to
 }
 
-/// Moves the selection bias of each router, in the order of [`Losses::loads`].
-fn move_biases(mut model: Transformer, loads: &[Vec<u64>], gamma: f32) -> Transformer {
+/// Moves the selection bias of each router by its load.
+pub(crate) fn move_biases<'a>(
+    routers: impl Iterator<Item = (&'a mut Router, &'a Vec<u64>)>,
+    gamma: f32,
+) {
     if gamma == 0.0 {
-        return model;
+        return;
     }
-    let main = model.layers.iter_mut().map(|layer| &mut layer.mlp);
-    let further = model.mtp.iter_mut().map(|module| &mut module.block.mlp);
-    let routers = main.chain(further).filter_map(|mlp| match mlp {
-        FeedForward::Moe(moe) => Some(&mut moe.gate),
-        FeedForward::Dense(_) => None,
-    });
-    for (router, load) in routers.zip(loads) {
+    for (router, load) in routers {
         let step = balance::bias_step(load, gamma);
         let bias = router.e_score_correction_bias.clone();
         router.e_score_correction_bias = bias.map(|bias| {
@@ -230,7 +329,6 @@ fn move_biases(mut model: Transformer, loads: &[Vec<u64>], gamma: f32) -> Transf
             (bias + Tensor::from_data(step, &device)).detach()
         });
     }
-    model
 }
 
 #[cfg(test)]

@@ -1,29 +1,31 @@
-//! Training on one device, step by step, as a strategy of Burn's Learner.
+//! Training step by step, on one device or as a rank of several, as a strategy of Burn's Learner.
 //!
 //! Burn counts epochs; a run here counts steps. What Burn's events call an epoch is the stretch of steps between two
 //! validations.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
 use burn::{
     data::dataloader::{DataLoaderIterator, Progress},
-    module::Module,
-    optim::GradientsAccumulator,
+    optim::{GradientsAccumulator, OptimizerRecord},
     tensor::Device,
     train::{
-        EventProcessorTraining, InferenceStep, Learner, LearnerEvent, SupervisedLearningStrategy,
-        SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem,
-        ValidLoader,
+        EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent, LearnerModel,
+        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
+        TrainingComponents, TrainingItem, ValidLoader,
     },
 };
+
+use deepburn_model::{config::ModelConfig, transformer::Transformer};
 
 use crate::{
     average::Average,
     config::{NonFinite, TrainConfig},
-    learner::{Batch, Exchange, Trainee},
+    learner::{Batch, Exchange},
     metrics::{MetricsLog, Record},
     report::StepReport,
     run::{TrainError, settings},
@@ -31,13 +33,37 @@ use crate::{
     state::{Checkpoints, Contents, History, RunState},
 };
 
-/// A run on one device.
-pub(crate) struct SingleDevice {
-    pub(crate) device: Device,
+/// A model, or a part of one, that a run trains.
+pub(crate) trait Trained:
+    LearnerModel
+    + TrainStep<Input = Batch, Output = StepReport>
+    + InferenceStep<Input = Batch, Output = StepReport>
+{
+    /// What the loop tells a step and the step tells the loop.
+    fn exchange(&self) -> &Exchange;
+
+    /// Whether to stop after the step under way: if this rank is asked to, or another.
+    fn agree_to_stop(&self, asked: bool) -> Result<bool, TrainError>;
+
+    /// The model, if the whole of it is here.
+    fn whole(&self) -> Option<&Transformer>;
+
+    /// Writes a checkpoint of the whole model, which is without autodiff here, and returns where it is.
+    fn save(
+        &self,
+        checkpoints: &Checkpoints,
+        contents: Contents<'_>,
+        record: OptimizerRecord,
+    ) -> Result<PathBuf, TrainError>;
+}
+
+/// A run, as far as it does not depend on how many take part in it.
+pub(crate) struct Plan {
     pub(crate) config: TrainConfig,
-    pub(crate) shape: deepburn_model::config::ModelConfig,
+    pub(crate) shape: ModelConfig,
     pub(crate) data: crate::data::Prepared,
-    pub(crate) exchange: Exchange,
+    /// Batches that a step takes: micro-batches on one device, one for all of them where ranks share them.
+    pub(crate) batches: usize,
     /// Steps done before.
     pub(crate) done: u64,
     /// What happened in them.
@@ -52,66 +78,89 @@ pub(crate) struct SingleDevice {
 pub(crate) struct Outcome {
     pub(crate) steps: u64,
     pub(crate) validation: Option<StepReport>,
-    pub(crate) checkpoint: Option<std::path::PathBuf>,
+    pub(crate) checkpoint: Option<PathBuf>,
     pub(crate) error: Option<TrainError>,
 }
 
-type Processor = SupervisedTrainingEventProcessor<Trainee>;
+/// Burn's strategy: the [`Plan`], with the events that metrics and dashboard live on.
+pub(crate) struct StepByStep {
+    pub(crate) plan: Arc<Plan>,
+    /// With autodiff.
+    pub(crate) device: Device,
+}
 
-impl SupervisedLearningStrategy<Trainee> for SingleDevice {
+type Processor<M> = SupervisedTrainingEventProcessor<M>;
+
+impl<M: Trained> SupervisedLearningStrategy<M> for StepByStep {
     fn fit(
         &self,
-        components: TrainingComponents<Trainee>,
-        mut learner: Learner<Trainee>,
-        train: TrainLoader<Trainee>,
-        valid: ValidLoader<Trainee>,
+        components: TrainingComponents<M>,
+        mut learner: Learner<M>,
+        train: TrainLoader<M>,
+        valid: ValidLoader<M>,
         _: usize,
-    ) -> (Trainee, Processor) {
+    ) -> (M, Processor<M>) {
         learner.fork(&self.device);
         let mut run = Run {
-            strategy: self,
+            plan: &self.plan,
             interrupter: components.interrupter,
-            processor: components.event_processor,
+            events: Some(components.event_processor),
             learner,
             valid,
-            history: self.history.clone(),
+            history: self.plan.history.clone(),
             average: self
+                .plan
                 .average
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .take(),
         };
         if let Err(error) = run.steps(train.iter()) {
-            self.outcome().error = Some(error);
+            self.plan.outcome().error = Some(error);
         }
-        (run.learner.model(), run.processor)
+        let events = run.events.expect("given above");
+        (run.learner.model(), events)
     }
 }
 
-impl SingleDevice {
-    fn outcome(&self) -> std::sync::MutexGuard<'_, Outcome> {
+impl Plan {
+    pub(crate) fn outcome(&self) -> std::sync::MutexGuard<'_, Outcome> {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-struct Run<'a> {
-    strategy: &'a SingleDevice,
-    interrupter: burn::train::Interrupter,
-    processor: Processor,
-    learner: Learner<Trainee>,
-    valid: ValidLoader<Trainee>,
-    history: History,
-    average: Option<Average>,
+/// What a step says to the loop.
+struct Stepped {
+    report: StepReport,
+    /// Whether a checkpoint is due.
+    save: bool,
+    /// Whether the run is asked to stop; then one is.
+    stopping: bool,
 }
 
-impl Run<'_> {
-    fn steps(
+/// The loop of a run on this rank.
+pub(crate) struct Run<'a, M: Trained> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) interrupter: Interrupter,
+    /// `None` on ranks that nobody looks at: they neither report nor log.
+    pub(crate) events: Option<Processor<M>>,
+    pub(crate) learner: Learner<M>,
+    pub(crate) valid: ValidLoader<M>,
+    pub(crate) history: History,
+    pub(crate) average: Option<Average>,
+}
+
+impl<M: Trained> Run<'_, M> {
+    pub(crate) fn steps(
         &mut self,
         mut batches: Box<dyn DataLoaderIterator<Batch> + '_>,
     ) -> Result<(), TrainError> {
-        let SingleDevice { config, done, .. } = self.strategy;
+        let Plan { config, done, .. } = self.plan;
         let (steps, interval) = (config.run.steps, config.validation.interval);
-        let mut log = MetricsLog::open(&config.run.directory, *done)?;
+        let mut log = match &self.events {
+            Some(_) => Some(MetricsLog::open(&config.run.directory, *done)?),
+            None => None,
+        };
         for step in *done..steps {
             let stretch = (step / interval + 1) as usize;
             let length = interval.min(steps - step / interval * interval) as usize;
@@ -122,8 +171,14 @@ impl Run<'_> {
                 };
                 self.event(split);
             }
-            let (report, save) = self.step(step, &mut batches)?;
-            log.write(&Record::Train(report.clone()))?;
+            let Stepped {
+                report,
+                save,
+                stopping,
+            } = self.step(step, &mut batches)?;
+            if let Some(log) = &mut log {
+                log.write(&Record::Train(report.clone()))?;
+            }
             let progress =
                 Progress::new((step % interval + 1) as usize, length, Some("steps".into()));
             let item = TrainingItem::new(
@@ -133,38 +188,41 @@ impl Run<'_> {
                 Some(self.learner.lr_current()),
             );
             self.event(LearnerEvent::ProcessedItem(item));
-            self.strategy.outcome().steps = step + 1;
+            self.plan.outcome().steps = step + 1;
 
             let last = step + 1 == steps;
-            let stopping = self.interrupter.should_stop();
             if last || (step + 1).is_multiple_of(interval) {
                 self.event(LearnerEvent::EndSplit(stretch));
                 if !stopping || last {
                     let report = self.validate(stretch, step + 1)?;
-                    log.write(&Record::Validation(report.clone()))?;
-                    self.strategy.outcome().validation = Some(report);
+                    if let Some(log) = &mut log {
+                        log.write(&Record::Validation(report.clone()))?;
+                    }
+                    self.plan.outcome().validation = Some(report);
                 }
                 self.event(LearnerEvent::EndEpoch(stretch));
             }
             if save {
                 self.save(step + 1)?;
             }
-            if stopping && save {
+            if stopping {
                 break;
             }
         }
-        Ok(self.processor.flush()?)
+        match &mut self.events {
+            Some(events) => Ok(events.flush()?),
+            None => Ok(()),
+        }
     }
 
-    /// One optimizer step; the flag says whether a checkpoint is due.
+    /// One optimizer step.
     fn step(
         &mut self,
         step: u64,
         batches: &mut Box<dyn DataLoaderIterator<Batch> + '_>,
-    ) -> Result<(StepReport, bool), TrainError> {
-        let SingleDevice {
-            config, exchange, ..
-        } = self.strategy;
+    ) -> Result<Stepped, TrainError> {
+        let config = &self.plan.config;
+        let exchange = self.learner.model().exchange().clone();
         let steps = config.run.steps;
         let due = step + 1 == steps || (step + 1).is_multiple_of(config.checkpoint.interval);
         let settings = settings(config, step);
@@ -172,9 +230,10 @@ impl Run<'_> {
         let started = Instant::now();
         let mut gradients = GradientsAccumulator::new();
         let mut reports = Vec::new();
-        for _ in 0..config.batch.accumulation {
+        for _ in 0..self.plan.batches {
             let batch = batches.next().ok_or(TrainError::DataEnded { step })??;
             let output = self.learner.train_step(batch);
+            exchange.check()?;
             if !output.item.loss.is_finite() {
                 return Err(TrainError::NotFinite {
                     step: step + 1,
@@ -193,12 +252,15 @@ impl Run<'_> {
             exchange.leave_out();
         }
         // A stop is asked for at any time; the optimizer's state can be had only from within a step.
-        let save = due || self.interrupter.should_stop();
+        let asked = self.interrupter.should_stop();
+        let stopping = self.learner.model().agree_to_stop(asked)?;
+        let save = due || stopping;
         if save {
             exchange.want_snapshot();
         }
         self.learner.lr_step();
         self.learner.optimizer_step(gradients.grads());
+        exchange.check()?;
         let not_finite = exchange.not_finite();
         if !not_finite.is_empty() {
             if config.optimizer.non_finite == NonFinite::Halt {
@@ -210,7 +272,8 @@ impl Run<'_> {
             self.history.skipped_steps += 1;
         }
         if let Some(average) = &mut self.average {
-            average.update(self.learner.model().valid().model);
+            let model = self.learner.model().valid();
+            average.update(model.whole().expect("where an average is kept").clone());
         }
         let seconds = started.elapsed().as_secs_f64();
 
@@ -226,11 +289,15 @@ impl Run<'_> {
             memory_bytes: memory_stats::memory_stats().map(|memory| memory.physical_mem),
             ..report
         };
-        Ok((report, save))
+        Ok(Stepped {
+            report,
+            save,
+            stopping,
+        })
     }
 
     fn measured(&self, report: StepReport) -> StepReport {
-        let split = &self.strategy.data.report.train;
+        let split = &self.plan.data.report.train;
         report.with_text_measures(split.bytes as f64 / split.tokens as f64)
     }
 
@@ -241,13 +308,14 @@ impl Run<'_> {
             epoch_number: stretch,
             total_items,
         });
-        let split = &self.strategy.data.report.valid;
+        let split = &self.plan.data.report.valid;
         let bytes_per_token = split.bytes as f64 / split.tokens as f64;
         let mut reports = Vec::new();
         let valid = self.valid.clone();
         let mut batches = valid.iter();
         while let Some(batch) = batches.next() {
             let report = InferenceStep::step(&model, batch?).with_text_measures(bytes_per_token);
+            model.exchange().check()?;
             reports.push(report.clone());
             let item = TrainingItem::new(report, batches.progress(), Some(reports.len()), None);
             self.valid_event(LearnerEvent::ProcessedItem(item));
@@ -258,23 +326,22 @@ impl Run<'_> {
     }
 
     fn save(&mut self, step: u64) -> Result<(), TrainError> {
-        let SingleDevice {
+        let Plan {
             config,
             shape,
             data,
-            exchange,
             ..
-        } = self.strategy;
-        let record = exchange
+        } = self.plan;
+        let model = self.learner.model().valid();
+        let record = model
+            .exchange()
             .take_snapshot()
             .ok_or(TrainError::NoSnapshot { step })?;
-        let model = self.learner.model().valid().model;
         let state = RunState {
             history: self.history.clone(),
             ..RunState::new(step, config, data)
         };
         let contents = Contents {
-            model: &model,
             average: self.average.as_mut().map(Average::model),
             shape,
             state: &state,
@@ -282,17 +349,20 @@ impl Run<'_> {
             tokenizer: &data.tokenizer_path,
         };
         let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
-        self.strategy.outcome().checkpoint = Some(checkpoints.write(contents, record)?);
+        let path = model.save(&checkpoints, contents, record)?;
+        self.plan.outcome().checkpoint = Some(path);
         Ok(())
     }
 
     fn event(&mut self, event: LearnerEvent<StepReport>) {
-        self.interrupter
-            .fail_on_error(self.processor.process_train(event));
+        if let Some(events) = &mut self.events {
+            self.interrupter.fail_on_error(events.process_train(event));
+        }
     }
 
     fn valid_event(&mut self, event: LearnerEvent<StepReport>) {
-        self.interrupter
-            .fail_on_error(self.processor.process_valid(event));
+        if let Some(events) = &mut self.events {
+            self.interrupter.fail_on_error(events.process_valid(event));
+        }
     }
 }

@@ -17,7 +17,12 @@ use burn::{
 };
 
 use super::{Fp8Ops, ScaleFormat, TILE, Tile, is_native, linear, linear::product};
-use crate::{flex::dims, grouped_gemm::reference::by_segment, permute::Permutation};
+use crate::{
+    flex::dims,
+    grouped_gemm::reference::by_segment,
+    permute::Permutation,
+    weight_grad::{Lift, Weight},
+};
 
 /// What [`grouped_linear`] wants the segments padded to a multiple of on `device`: a kernel's tile where there are
 /// kernels, one elsewhere.
@@ -88,7 +93,7 @@ pub(crate) trait Fp8GroupedOps: burn::backend::Backend {
 }
 
 /// The gradients of [`Fp8GroupedOps`], on backends without autodiff.
-pub(crate) trait Fp8GroupedGrad: burn::backend::Backend {
+pub(crate) trait Fp8GroupedGrad: Lift {
     /// `dx_e = dy_e W_e^T`.
     fn fp8_grouped_input_grad(
         grad: FloatTensor<Self>,
@@ -188,11 +193,14 @@ impl<B: Fp8GroupedOps + Fp8GroupedGrad> Backward<B, 2> for GroupedLinear {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let weight_grad = Weight::of(&ops);
         let (x, weights, counts, format) = ops.state;
-        let [x_node, weights_node] = ops.parents;
-        if let Some(node) = weights_node {
-            let grad = B::fp8_grouped_weight_grad(x, grad.clone(), counts.clone(), format);
-            grads.register::<B>(node.id, grad);
+        let [x_node, _] = ops.parents;
+        if let Some(weight_grad) = weight_grad {
+            let (grad, counts) = (grad.clone(), counts.clone());
+            weight_grad.register::<B>(grads, move || {
+                B::fp8_grouped_weight_grad(x, grad, counts, format)
+            });
         }
         if let Some(node) = x_node {
             let grad = B::fp8_grouped_input_grad(grad, weights, counts, format);

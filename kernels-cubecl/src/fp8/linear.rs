@@ -20,6 +20,7 @@ use burn::{
 };
 
 use super::{Fp8Ops, ScaleFormat, Tile, is_native, matmul_nt, quantize};
+use crate::weight_grad::{Lift, Weight};
 
 /// `x W` with operands quantised on the way: `x` in rows' tiles, `W` in blocks.
 ///
@@ -76,18 +77,22 @@ pub(super) fn product<B: Fp8Ops>(
 #[derive(Debug)]
 struct Linear;
 
-impl<B: Fp8Ops> Backward<B, 2> for Linear {
+impl<B: Fp8Ops + Lift> Backward<B, 2> for Linear {
     type State = (NodeId, NodeId, ScaleFormat);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let weight_grad = Weight::of(&ops);
         let (x, weight, format) = ops.state;
-        let [x_node, weight_node] = ops.parents;
+        let [x_node, _] = ops.parents;
         let x = kept.retrieve_node_output(x);
         let weight = kept.retrieve_node_output(weight);
-        if let Some(node) = weight_node {
-            let (x, grad) = (B::float_transpose(x), B::float_transpose(grad.clone()));
-            grads.register::<B>(node.id, product::<B>(x, grad, Tile::Row, format));
+        if let Some(weight_grad) = weight_grad {
+            let grad = grad.clone();
+            weight_grad.register::<B>(grads, move || {
+                let (x, grad) = (B::float_transpose(x), B::float_transpose(grad));
+                product::<B>(x, grad, Tile::Row, format)
+            });
         }
         if let Some(node) = x_node {
             grads.register::<B>(node.id, product::<B>(grad, weight, Tile::Block, format));
@@ -111,7 +116,7 @@ impl<B: Fp8Ops> RetroForward for Again<B> {
     }
 }
 
-impl<B: Fp8Ops, C: CheckpointStrategy> Fp8Ops for Autodiff<B, C> {
+impl<B: Fp8Ops + Lift, C: CheckpointStrategy> Fp8Ops for Autodiff<B, C> {
     fn fp8_quantize(
         x: FloatTensor<Self>,
         tile: Tile,

@@ -11,6 +11,7 @@ use burn::backend::{
 };
 
 use super::{GroupedGemmGrad, GroupedGemmOps};
+use crate::weight_grad::Weight;
 
 #[derive(Debug)]
 struct SegmentMatmul;
@@ -20,11 +21,12 @@ impl<B: GroupedGemmOps + GroupedGemmGrad> Backward<B, 2> for SegmentMatmul {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let weight_grad = Weight::of(&ops);
         let (x, weights, counts) = ops.state;
-        let [x_node, weights_node] = ops.parents;
-        if let Some(node) = weights_node {
-            let grad = B::segment_matmul_weight_grad(x, grad.clone(), counts.clone());
-            grads.register::<B>(node.id, grad);
+        let [x_node, _] = ops.parents;
+        if let Some(weight_grad) = weight_grad {
+            let (grad, counts) = (grad.clone(), counts.clone());
+            weight_grad.register::<B>(grads, || B::segment_matmul_weight_grad(x, grad, counts));
         }
         if let Some(node) = x_node {
             grads.register::<B>(node.id, B::segment_matmul_input_grad(grad, weights, counts));

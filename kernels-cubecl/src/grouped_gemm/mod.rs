@@ -74,7 +74,7 @@ pub(crate) trait GroupedGemmOps: burn::backend::Backend {
 }
 
 /// The gradients of [`GroupedGemmOps`], on backends without autodiff.
-pub(crate) trait GroupedGemmGrad: burn::backend::Backend {
+pub(crate) trait GroupedGemmGrad: crate::weight_grad::Lift {
     /// The gradient with respect to `x`: `dx_e = dy_e W_e^T`.
     fn segment_matmul_input_grad(
         grad: FloatTensor<Self>,

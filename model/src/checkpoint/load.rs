@@ -48,7 +48,19 @@ fn read_config_as<T>(
 /// Unreadable or malformed files; tensors that are missing, unexpected, of another shape or type or with unusable
 /// scales, all of them listed.
 pub fn load(dir: &Path, device: &Device) -> Result<(ModelConfig, Transformer), CheckpointError> {
-    load_as(dir, device, None)
+    load_as(dir, device, &|_| true, None)
+}
+
+/// As [`load`], but only the parameters whose names are `wanted` are read. The others stay lazy.
+///
+/// # Errors
+/// As [`load`]; what is not wanted may be missing or of another shape.
+pub fn load_parts(
+    dir: &Path,
+    device: &Device,
+    wanted: &dyn Fn(&str) -> bool,
+) -> Result<(ModelConfig, Transformer), CheckpointError> {
+    load_as(dir, device, wanted, None)
 }
 
 /// As [`load`], with weights held in a compact format as by [`Transformer::hold`]: only one layer's at a time are there in
@@ -62,25 +74,24 @@ pub fn load_held(
     format: CompactFormat,
 ) -> Result<(ModelConfig, Transformer), CheckpointError> {
     format.check(device)?;
-    load_as(dir, device, Some(format))
+    load_as(dir, device, &|_| true, Some(format))
 }
 
 fn load_as(
     dir: &Path,
     device: &Device,
-    format: Option<CompactFormat>,
+    wanted: &dyn Fn(&str) -> bool,
+    held: Option<CompactFormat>,
 ) -> Result<(ModelConfig, Transformer), CheckpointError> {
     let (config, quantized) = read_config_as(dir, hf_config::parse_for_weights)?;
     let files = WeightFiles::open(dir)?;
-    let release = |data: &[u8]| files.release(data);
-    let model = assemble(
-        &config,
+    let source = Source {
         quantized,
-        files.tensors()?,
-        device,
-        format,
-        &release,
-    );
+        wanted,
+        held,
+        release: &|data| files.release(data),
+    };
+    let model = assemble(&config, source, files.tensors()?, device);
     match model {
         Ok(model) => Ok((config, model)),
         Err(problems) => Err(CheckpointError::Tensors {
@@ -90,14 +101,24 @@ fn load_as(
     }
 }
 
+/// How stored tensors are read.
+struct Source<'a> {
+    /// Whether `config.json` says how FP8 is scaled.
+    quantized: bool,
+    /// The compact format that weights are held in, if any.
+    held: Option<CompactFormat>,
+    /// Which parameters are read, by their names in the model.
+    wanted: &'a dyn Fn(&str) -> bool,
+    /// Is called with what has been read.
+    release: &'a dyn Fn(&[u8]),
+}
+
 /// The model of the given tensors, or what is wrong with them.
 fn assemble(
     config: &ModelConfig,
-    quantized: bool,
+    source: Source<'_>,
     tensors: StoredTensors<'_>,
     device: &Device,
-    format: Option<CompactFormat>,
-    release: &dyn Fn(&[u8]),
 ) -> Result<Transformer, Vec<String>> {
     let StoredTensors {
         by_name: tensors,
@@ -107,13 +128,12 @@ fn assemble(
         path: ModulePath::default(),
         layers: config.num_hidden_layers,
         device,
-        quantized,
+        source,
         unread: tensors.keys().map(String::as_str).collect(),
         tensors: &tensors,
-        release,
         problems,
     };
-    let model = loader.fill(Transformer::new(config, 0, device), format);
+    let model = loader.fill(Transformer::new(config, 0, device));
     for depth in 0..config.num_nextn_predict_layers {
         loader.check_copies(depth, config.tie_word_embeddings);
     }
@@ -132,11 +152,8 @@ struct Loader<'a> {
     path: ModulePath,
     layers: usize,
     device: &'a Device,
-    /// Whether `config.json` says how FP8 is scaled.
-    quantized: bool,
+    source: Source<'a>,
     tensors: &'a BTreeMap<String, TensorView<'a>>,
-    /// Is called with what has been read.
-    release: &'a dyn Fn(&[u8]),
     unread: BTreeSet<&'a str>,
     problems: Vec<String>,
 }
@@ -156,8 +173,8 @@ impl Loader<'_> {
                 .push(format!("{name}: expected {expected:?}, found {found:?}"));
             return None;
         }
-        let elements = elements(name, view, self.tensors, self.quantized);
-        (self.release)(view.data());
+        let elements = elements(name, view, self.tensors, self.source.quantized);
+        (self.source.release)(view.data());
         match elements {
             Ok(values) => Some(values),
             Err(problems) => {
@@ -168,8 +185,8 @@ impl Loader<'_> {
     }
 
     /// The model with its parameters as they are stored.
-    fn fill(&mut self, mut model: Transformer, format: Option<CompactFormat>) -> Transformer {
-        let Some(format) = format else {
+    fn fill(&mut self, mut model: Transformer) -> Transformer {
+        let Some(format) = self.source.held else {
             return model.map(self);
         };
         const HELD: &str = "single precision on a device that was checked";
@@ -193,6 +210,21 @@ impl Loader<'_> {
         }
         model.layers = held;
         model
+    }
+
+    /// Leaves a parameter unread that is not wanted.
+    fn pass_over(&mut self, experts: usize) {
+        let names = match stored(&self.path.join(), self.layers) {
+            Stored::AsIs(name) | Stored::Transposed(name) => vec![name],
+            Stored::Experts { prefix, suffix } => (0..experts)
+                .map(|expert| format!("{prefix}{expert}{suffix}"))
+                .collect(),
+        };
+        for name in names {
+            if let Some(view) = self.tensors.get(&name) {
+                self.mark_read(&name, view);
+            }
+        }
     }
 
     fn read(&mut self, shape: &[usize]) -> Option<Vec<f32>> {
@@ -284,6 +316,10 @@ impl ModuleMapper for Loader<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let shape = param.lazy_shape();
+        if !(self.source.wanted)(&self.path.join()) {
+            self.pass_over(shape[0]);
+            return param;
+        }
         let Some(values) = self.read(&shape.to_vec()) else {
             return param;
         };
@@ -350,8 +386,18 @@ mod tests {
             hf_config::parse_for_weights(text).map_err(|error| error.to_string())?;
         let tensors = files::tensors(&[(Path::new("model.safetensors"), weights)], None)
             .map_err(|error| error.to_string())?;
-        assemble(&config, quantized, tensors, &Device::flex(), None, &|_| {})
+        assemble(&config, source(quantized), tensors, &Device::flex())
             .map_err(|problems| problems.join("\n"))
+    }
+
+    /// All parameters, as they are.
+    fn source(quantized: bool) -> Source<'static> {
+        Source {
+            quantized,
+            held: None,
+            wanted: &|_| true,
+            release: &|_| {},
+        }
     }
 
     /// Changes, drops or adds a byte before `end`, or swaps a short piece for another one.
@@ -421,8 +467,7 @@ mod tests {
         tensors.by_name.insert(name.to_owned(), view);
         let (config, quantized) =
             hf_config::parse_for_weights(str::from_utf8(&config).unwrap()).unwrap();
-        let problems =
-            assemble(&config, quantized, tensors, &Device::flex(), None, &|_| {}).unwrap_err();
+        let problems = assemble(&config, source(quantized), tensors, &Device::flex()).unwrap_err();
         assert_eq!(
             problems,
             [format!(

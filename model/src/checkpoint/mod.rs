@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use deepburn_kernels::compact::NotCompact;
 
 pub use atomic::{write_directory, write_file};
-pub use load::{load, load_held, read_config};
-pub use save::{SaveOptions, save};
+pub use load::{load, load_held, load_parts, read_config};
+pub use save::{SaveOptions, Shard, save, save_shard, shard_name, write_index};
 
 /// The type that weights are written in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

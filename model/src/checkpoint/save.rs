@@ -1,13 +1,19 @@
 //! Writing weights, tensor by tensor.
 
-use std::{borrow::Cow, collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fs::{self, File},
+    path::Path,
+    sync::Arc,
+};
 
 use burn::{
-    module::{Module, ModuleVisitor, Param},
+    module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{Tensor, bf16},
 };
 use deepburn_kernels::fp8::tiles::{self, ScaleFormat, Tile};
-use safetensors::{Dtype, View, serialize_to_file};
+use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
 use serde_json::json;
 
 use super::{
@@ -16,7 +22,9 @@ use super::{
     load::transpose,
     write_file,
 };
-use crate::{config::ModelConfig, parameters::ModulePath, transformer::Transformer};
+use crate::{
+    config::ModelConfig, mmap::MappedFile, parameters::Registry, transformer::Transformer,
+};
 
 /// How weights are written.
 #[derive(Clone, Copy, Debug)]
@@ -47,32 +55,105 @@ pub fn save(
     dir: &Path,
     options: &SaveOptions,
 ) -> Result<(), CheckpointError> {
+    let registry = Registry::of(model);
+    let name = |id| registry.path(id).map(|path| (path.to_owned(), 0));
+    let tensors = collect(model, config, dir, options.dtype, &name)?;
+    write_config(dir, config, options.dtype)?;
+    write_shards(tensors, dir, options.max_shard_bytes)
+}
+
+/// A file of a checkpoint that several processes write.
+pub struct Shard<'a> {
+    /// Which one, from 0.
+    pub number: usize,
+    /// How many there are.
+    pub count: usize,
+    /// The name in the model of each parameter to be written, and the number of the first expert in it.
+    pub name: &'a dyn Fn(ParamId) -> Option<(String, usize)>,
+}
+
+/// Writes a part of a model in single precision as one of several files of weights, into the folder `dir`, which
+/// [`write_index`] then completes.
+///
+/// # Errors
+/// What the file system answers.
+pub fn save_shard(
+    part: &impl Module,
+    config: &ModelConfig,
+    dir: &Path,
+    shard: &Shard<'_>,
+) -> Result<(), CheckpointError> {
+    let tensors = collect(part, config, dir, StoredType::F32, shard.name)?;
+    let path = dir.join(shard_name(shard.number, shard.count));
+    write_tensors(tensors.into_iter().collect(), &path)
+}
+
+/// Completes a folder of `count` files of [`save_shard`] with `config.json` and the index.
+///
+/// # Errors
+/// What the file system answers, or a file that is missing or malformed.
+pub fn write_index(dir: &Path, config: &ModelConfig, count: usize) -> Result<(), CheckpointError> {
+    write_config(dir, config, StoredType::F32)?;
+    let (mut weight_map, mut total) = (BTreeMap::new(), 0);
+    for number in 0..count {
+        let file = shard_name(number, count);
+        let path = dir.join(&file);
+        let mapped = MappedFile::open(&path).map_err(CheckpointError::io(&path))?;
+        let parsed = SafeTensors::deserialize(mapped.bytes())
+            .map_err(|error| CheckpointError::format(&path, error.to_string()))?;
+        for (name, view) in parsed.tensors() {
+            total += view.data().len() as u64;
+            weight_map.insert(name, file.clone());
+        }
+    }
+    render_index(dir, &weight_map, total)
+}
+
+fn write_config(
+    dir: &Path,
+    config: &ModelConfig,
+    dtype: StoredType,
+) -> Result<(), CheckpointError> {
+    let text = hf_config::render(config, dtype);
+    write_file(&dir.join("config.json"), text.as_bytes())
+}
+
+/// The name of file `number`, from 0, of `count` files of weights.
+pub fn shard_name(number: usize, count: usize) -> String {
+    format!("model-{:05}-of-{count:05}.safetensors", number + 1)
+}
+
+/// The tensors of a part of a model by the names that they are stored under, with the copies that MTP modules have of
+/// those among them that are shared.
+fn collect(
+    part: &impl Module,
+    config: &ModelConfig,
+    dir: &Path,
+    dtype: StoredType,
+    name: &dyn Fn(ParamId) -> Option<(String, usize)>,
+) -> Result<BTreeMap<String, StoredTensor>, CheckpointError> {
+    let layers = config.num_hidden_layers;
     let mut collector = Collector {
-        path: ModulePath::default(),
-        layers: config.num_hidden_layers,
-        dtype: options.dtype,
+        name,
+        layers,
+        dtype,
         tensors: BTreeMap::new(),
         without_scale: None,
     };
-    model.visit(&mut collector);
+    part.visit(&mut collector);
     if let Some(name) = collector.without_scale {
         let what = format!("{name}: has NaN or infinity and cannot be written as FP8");
         return Err(CheckpointError::format(dir, what));
     }
-    write_file(
-        &dir.join("config.json"),
-        hf_config::render(config, options.dtype).as_bytes(),
-    )?;
     let mut tensors = collector.tensors;
     for depth in 0..config.num_nextn_predict_layers {
-        for (copy, original) in
-            mtp_copies(config.num_hidden_layers, depth, config.tie_word_embeddings)
-        {
-            let original = tensors[&original].clone();
-            tensors.insert(copy, original);
+        for (copy, original) in mtp_copies(layers, depth, config.tie_word_embeddings) {
+            if let Some(original) = tensors.get(&original).cloned() {
+                tensors.insert(copy, original);
+            }
         }
     }
-    write_shards(tensors, dir, options.max_shard_bytes)
+    Ok(tensors)
 }
 
 fn write_shards(
@@ -100,29 +181,42 @@ fn write_shards(
     for (number, shard) in shards.into_iter().enumerate() {
         let file = match count {
             1 => "model.safetensors".to_owned(),
-            _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            _ => shard_name(number, count),
         };
         weight_map.extend(shard.iter().map(|(name, _)| (name.clone(), file.clone())));
-        let path = dir.join(file);
-        // transformers asks for this entry.
-        let metadata = [("format".to_owned(), "pt".to_owned())].into();
-        serialize_to_file(shard, Some(metadata), &path)
-            .map_err(|error| CheckpointError::format(&path, error.to_string()))?;
-        // It makes a private file; weights are as public as the configuration beside them.
-        fs::metadata(dir.join("config.json"))
-            .and_then(|public| fs::set_permissions(&path, public.permissions()))
-            .map_err(CheckpointError::io(&path))?;
+        write_tensors(shard, &dir.join(file))?;
     }
     if count == 1 {
         return Ok(());
     }
+    render_index(dir, &weight_map, total)
+}
+
+fn write_tensors(tensors: Vec<(String, StoredTensor)>, path: &Path) -> Result<(), CheckpointError> {
+    // Made here, with the permissions that others have: the writer below makes a private file.
+    let permissions = File::create(path)
+        .and_then(|file| file.metadata())
+        .map_err(CheckpointError::io(path))?
+        .permissions();
+    // transformers asks for this entry.
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    serialize_to_file(tensors, Some(metadata), path)
+        .map_err(|error| CheckpointError::format(path, error.to_string()))?;
+    fs::set_permissions(path, permissions).map_err(CheckpointError::io(path))
+}
+
+fn render_index(
+    dir: &Path,
+    weight_map: &BTreeMap<String, String>,
+    total: u64,
+) -> Result<(), CheckpointError> {
     let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
     let text = serde_json::to_string_pretty(&index).expect("a map with string keys");
     write_file(&dir.join("model.safetensors.index.json"), text.as_bytes())
 }
 
-struct Collector {
-    path: ModulePath,
+struct Collector<'a> {
+    name: &'a dyn Fn(ParamId) -> Option<(String, usize)>,
     layers: usize,
     dtype: StoredType,
     tensors: BTreeMap<String, StoredTensor>,
@@ -130,7 +224,7 @@ struct Collector {
     without_scale: Option<String>,
 }
 
-impl Collector {
+impl Collector<'_> {
     /// Adds a tensor of the given stored sizes, and its scales if it is quantised.
     fn add(&mut self, name: String, source: Source, shape: Vec<usize>) {
         let content = match self.dtype {
@@ -156,21 +250,16 @@ impl Collector {
     }
 }
 
-impl ModuleVisitor for Collector {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, container: &str) {
-        self.path.exit(container);
-    }
-
+impl ModuleVisitor for Collector<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some((path, first_expert)) = (self.name)(param.id) else {
+            return;
+        };
         let tensor = param.val();
         let shape = tensor.dims().to_vec();
         let values = tensor.reshape([shape.iter().product::<usize>()]);
         let source = |values, turned| Source { values, turned };
-        match stored(&self.path.join(), self.layers) {
+        match stored(&path, self.layers) {
             Stored::AsIs(name) => self.add(name, source(values, false), shape),
             Stored::Transposed(name) => {
                 self.add(name, source(values, true), vec![shape[1], shape[0]]);
@@ -180,7 +269,7 @@ impl ModuleVisitor for Collector {
                 let size = rows * columns;
                 for expert in 0..experts {
                     let values = values.clone().narrow(0, expert * size, size);
-                    let name = format!("{prefix}{expert}{suffix}");
+                    let name = format!("{prefix}{}{suffix}", first_expert + expert);
                     self.add(name, source(values, true), vec![columns, rows]);
                 }
             }

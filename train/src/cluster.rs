@@ -1,0 +1,278 @@
+//! A run of several ranks: that they agree on what to do, what each of them does, and how it ends when one cannot go on.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use burn::{data::dataloader::DataLoader, module::Module, tensor::Device, train::Interrupter};
+use deepburn_model::{
+    checkpoint::{self, hf_config},
+    config::ModelConfig,
+    parameters::Registry,
+    transformer::Transformer,
+};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    config::TrainConfig,
+    data::Prepared,
+    learner::Exchange,
+    parallel::{CommError, Communicator, Local, LocalOptions, local},
+    pipeline::{
+        layout::{Layout, Piece},
+        schedule::Schedule,
+        stage::Part,
+        trainee::{Arrangement, Rank, RankTrainee},
+    },
+    run::{self, Beginning, RunOptions, RunSummary, TrainError},
+    shards,
+    strategy::{Plan, Run},
+};
+
+/// What every rank is given.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'a> {
+    pub(crate) config: &'a TrainConfig,
+    pub(crate) shape: &'a ModelConfig,
+    pub(crate) data: &'a Prepared,
+    pub(crate) device: &'a Device,
+    pub(crate) resume: bool,
+}
+
+/// Trains with the ranks as threads of this process, of which this one is the first.
+pub(crate) fn on_threads(job: Job<'_>, options: RunOptions) -> Result<RunSummary, TrainError> {
+    let local = LocalOptions {
+        deadline: Duration::from_secs(job.config.parallel.deadline),
+        link: None,
+    };
+    let nodes = vec![0; job.config.parallel.mesh().ranks()];
+    together(local::world(&nodes, local), job, options)
+}
+
+fn together(
+    world: Vec<Local>,
+    job: Job<'_>,
+    options: RunOptions,
+) -> Result<RunSummary, TrainError> {
+    let mut ranks = world.into_iter();
+    let first = ranks.next().expect("a mesh has a rank");
+    thread::scope(|scope| {
+        let others: Vec<_> = ranks
+            .map(|rank| scope.spawn(move || take_part(Box::new(rank), job, None)))
+            .collect();
+        let mut results = vec![take_part(Box::new(first), job, Some(options))];
+        results.extend(others.into_iter().enumerate().map(|(number, other)| {
+            other.join().unwrap_or_else(|panic| {
+                let said = panic.downcast_ref::<&str>().map(ToString::to_string);
+                let said = said.or_else(|| panic.downcast_ref::<String>().cloned());
+                Err(TrainError::Rank {
+                    rank: number + 1,
+                    what: said.unwrap_or_else(|| "panicked".into()),
+                })
+            })
+        }));
+        let cause = results.iter().position(is_cause).unwrap_or(0);
+        match results.swap_remove(cause) {
+            Err(error) if cause > 0 && !matches!(error, TrainError::Rank { .. }) => {
+                Err(TrainError::Rank {
+                    rank: cause,
+                    what: error.to_string(),
+                })
+            }
+            result => result,
+        }
+    })
+}
+
+/// Whether a rank has met an error itself, which says more than what the others have heard of it.
+fn is_cause(result: &Result<RunSummary, TrainError>) -> bool {
+    use CommError::{Aborted, Gone};
+    match result {
+        Ok(_) | Err(TrainError::Communication(Aborted { .. } | Gone { .. })) => false,
+        Err(_) => true,
+    }
+}
+
+/// What one rank does. The first one is given the `options` and shows and logs what happens.
+pub(crate) fn take_part(
+    world: Box<dyn Communicator>,
+    job: Job<'_>,
+    options: Option<RunOptions>,
+) -> Result<RunSummary, TrainError> {
+    let entered = enter(world.as_ref(), job);
+    let (beginning, arrangement) = match entered {
+        Ok(entered) => entered,
+        Err(error) => {
+            world.abort(&error.to_string());
+            return Err(error);
+        }
+    };
+    let whole = Transformer::new(job.shape, job.config.run.seed, job.device);
+    let rank = Rank::new(world, arrangement, Registry::of(&whole))?;
+    let result = train(&rank, whole, job, beginning, options);
+    if let Err(error) = &result {
+        rank.voices().world.abort(&error.to_string());
+    }
+    result
+}
+
+/// Makes sure that all ranks have the same before them.
+fn enter(world: &dyn Communicator, job: Job<'_>) -> Result<(Beginning, Arrangement), TrainError> {
+    let arrangement = arrange(job)?;
+    let beginning = Beginning::find(job.config, job.data, job.resume)?;
+    let mesh = arrangement.mesh.checked(world.size());
+    mesh.map_err(|refused| TrainError::Ranks(refused.to_string()))?;
+    agree(world, &facts(job, &beginning))?;
+    Ok((beginning, arrangement))
+}
+
+/// How the ranks of a configuration are arranged.
+///
+/// # Errors
+/// A schedule or a cut that the model cannot be trained by.
+fn arrange(job: Job<'_>) -> Result<Arrangement, TrainError> {
+    let parallel = &job.config.parallel;
+    let refused =
+        |refused: crate::pipeline::schedule::Refused| TrainError::Ranks(refused.to_string());
+    let schedule = Schedule::from(parallel.schedule);
+    let timeline = schedule
+        .timeline(parallel.pipeline, job.config.micro_batches_per_pipeline())
+        .map_err(refused)?;
+    timeline
+        .validate()
+        .map_err(|violation| TrainError::Ranks(violation.to_string()))?;
+    let layers = parallel.layers.as_deref();
+    let layout = Layout::new(timeline.placement, job.shape, layers).map_err(refused)?;
+    Ok(Arrangement {
+        mesh: parallel.mesh(),
+        layout,
+        timeline,
+        shape: job.shape.clone(),
+        sequences: job.config.batch.sequences,
+        micro_batches: job.config.batch.accumulation,
+        recompute: parallel.recompute,
+    })
+}
+
+/// What has to be the same on all ranks, by name.
+fn facts(job: Job<'_>, beginning: &Beginning) -> BTreeMap<String, String> {
+    let mut facts = BTreeMap::from([
+        (
+            "the version of deepburn".to_owned(),
+            env!("CARGO_PKG_VERSION").to_owned(),
+        ),
+        (
+            "the model's shape".to_owned(),
+            hf_config::render(job.shape, checkpoint::StoredType::F32),
+        ),
+        (
+            "the tokenizer".to_owned(),
+            job.data.report.tokenizer_sha256.clone(),
+        ),
+        (
+            "the number of training tokens".to_owned(),
+            job.data.report.train.tokens.to_string(),
+        ),
+        (
+            "the step to begin with".to_owned(),
+            beginning.done().to_string(),
+        ),
+    ]);
+    let config = toml::Table::try_from(job.config).expect("read from such a file");
+    for (section, value) in config {
+        facts.insert(format!("[{section}]"), value.to_string());
+    }
+    facts
+}
+
+/// Compares what ranks hold to be true.
+fn agree(world: &dyn Communicator, facts: &BTreeMap<String, String>) -> Result<(), TrainError> {
+    let digests: BTreeMap<&String, Vec<u8>> = facts
+        .iter()
+        .map(|(name, value)| (name, Sha256::digest(value.as_bytes()).to_vec()))
+        .collect();
+    let mine = serde_json::to_vec(&digests).expect("names and bytes");
+    let mut all: Vec<BTreeMap<String, Vec<u8>>> = Vec::new();
+    for said in world.all_gather(&mine)? {
+        all.push(serde_json::from_slice(&said).unwrap_or_default());
+    }
+    let expected = &all[0];
+    for (rank, said) in all.iter().enumerate() {
+        let names = expected.keys().chain(said.keys());
+        let differ = names.filter(|name| expected.get(*name) != said.get(*name));
+        let mut differ: Vec<String> = differ.cloned().collect();
+        differ.sort();
+        differ.dedup();
+        if !differ.is_empty() {
+            let what = differ.join(", ");
+            return Err(TrainError::Differs { rank, what });
+        }
+    }
+    Ok(())
+}
+
+fn train(
+    rank: &Rank,
+    whole: Transformer,
+    job: Job<'_>,
+    beginning: Beginning,
+    options: Option<RunOptions>,
+) -> Result<RunSummary, TrainError> {
+    let Job { config, device, .. } = job;
+    let (layout, place) = (&rank.arrangement().layout, rank.place());
+    let holds = |path: &str| layout.holds(place, Piece::of(path));
+    let (model, record) = match beginning.checkpoint() {
+        None => (whole, None),
+        Some(path) => {
+            let (saved, model) = checkpoint::load_parts(path, device, &holds)?;
+            beginning.check_shape(&saved, job.shape)?;
+            let wanted = |id: u64| rank.registry().path(id.into()).is_some_and(holds);
+            (model, Some(shards::read_moments(path, &wanted)?))
+        }
+    };
+    let model = model.with_arithmetic(config.arithmetic());
+    let part = Part::cut(model, layout, place);
+    let done = beginning.done();
+    let exchange = Exchange::new(run::settings(config, done));
+    let trainee = RankTrainee::new(part, rank.clone(), exchange).train();
+    let learner = run::learner(trainee, config, done, record);
+    let (train, valid) = run::loaders(config, job.data, done)?;
+    let mesh = rank.arrangement().mesh;
+    let train = train.grouped(
+        config.batch.accumulation,
+        rank.pipeline(),
+        mesh.data * mesh.expert,
+    );
+    let plan = Plan {
+        config: config.clone(),
+        shape: job.shape.clone(),
+        data: job.data.clone(),
+        batches: 1,
+        done,
+        history: beginning.history(),
+        average: Mutex::new(None),
+        outcome: run::outcome(done),
+    };
+    if let Some(options) = options {
+        return run::lead(plan, learner, (train, valid), options);
+    }
+    let mut learner = learner;
+    learner.fork(&device.clone().autodiff());
+    let mut steps = Run {
+        plan: &plan,
+        interrupter: Interrupter::new(),
+        events: None,
+        learner,
+        valid: Arc::new(valid),
+        history: plan.history.clone(),
+        average: None,
+    };
+    steps.steps(train.iter())?;
+    Ok(run::summary(&plan))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,410 @@
+//! A rank's part of a model as Burn's Learner trains it: all micro-batches of a step at once, with the other ranks.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use burn::{
+    module::Module,
+    optim::{
+        GradientsParams, ModuleOptimizer, OptimizerRecord,
+        lr_scheduler::module_lr_scheduler::ModuleLearningRate,
+    },
+    train::{InferenceStep, TrainOutput, TrainStep},
+};
+use deepburn_model::{config::ModelConfig, parameters::Registry, transformer::Transformer};
+
+use super::{
+    copies::Copies,
+    execute::{Executed, MicroLosses, Share, Terms},
+    layout::Layout,
+    schedule::Timeline,
+    stage::Part,
+};
+use crate::{
+    learner::{Batch, Exchange},
+    parallel::{CommError, Communicator, Group, Mesh, Reduction, Values},
+    report::StepReport,
+    run::TrainError,
+    shards,
+    state::{Checkpoints, Contents},
+    step::{self, LossWeights},
+    strategy::Trained,
+};
+
+/// A rank's part of a model in training.
+#[derive(Module, Debug)]
+pub struct RankTrainee {
+    /// What it has of the model.
+    pub part: Part,
+    #[module(skip)]
+    rank: Rank,
+    #[module(skip)]
+    exchange: Exchange,
+}
+
+/// Who a rank is and whom it talks to. Shared by all clones of its [`RankTrainee`].
+#[derive(Clone)]
+pub struct Rank(Arc<Seat>);
+
+/// How a model is trained by several ranks.
+#[derive(Clone, Debug)]
+pub struct Arrangement {
+    /// The ranks.
+    pub mesh: Mesh,
+    /// The stages of each pipeline.
+    pub layout: Layout,
+    /// What each rank of a pipeline does; has been validated.
+    pub timeline: Timeline,
+    /// The model's shape.
+    pub shape: ModelConfig,
+    /// Windows in a micro-batch.
+    pub sequences: usize,
+    /// Micro-batches of a step over all pipelines.
+    pub micro_batches: usize,
+    /// Whether stages compute their forward passes again instead of keeping what they gave.
+    pub recompute: bool,
+}
+
+struct Seat {
+    /// In the world.
+    rank: usize,
+    arrangement: Arrangement,
+    registry: Registry,
+    /// The number in the model of each mixture-of-experts layer, MTP modules last.
+    routed: Vec<usize>,
+    voices: Mutex<Voices>,
+}
+
+/// The groups that a rank talks in.
+pub(crate) struct Voices {
+    pub(crate) world: Box<dyn Communicator>,
+    pipeline: Box<dyn Communicator>,
+    pub(crate) copies: Copies,
+}
+
+impl std::fmt::Debug for Rank {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Rank({})", self.0.rank)
+    }
+}
+
+impl Rank {
+    /// Takes the place of the world's rank in an arrangement. Called by all ranks.
+    ///
+    /// # Errors
+    /// What keeps ranks from talking.
+    pub fn new(
+        world: Box<dyn Communicator>,
+        arrangement: Arrangement,
+        registry: Registry,
+    ) -> Result<Self, CommError> {
+        let shape = &arrangement.shape;
+        let layers = shape.num_hidden_layers;
+        let all = 0..layers + shape.num_nextn_predict_layers;
+        let dense = |layer: usize| shape.is_dense(layer.min(layers));
+        let rank = world.rank();
+        let voices = Voices {
+            pipeline: arrangement.mesh.split(world.as_ref(), Group::Pipeline)?,
+            copies: Copies::find(world.as_ref(), arrangement.mesh, &arrangement.layout)?,
+            world,
+        };
+        Ok(Self(Arc::new(Seat {
+            rank,
+            routed: all.filter(|&layer| !dense(layer)).collect(),
+            arrangement,
+            registry,
+            voices: Mutex::new(voices),
+        })))
+    }
+
+    /// How the ranks are arranged.
+    pub(crate) fn arrangement(&self) -> &Arrangement {
+        &self.0.arrangement
+    }
+
+    /// The names of the parameters.
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.0.registry
+    }
+
+    pub(crate) fn voices(&self) -> MutexGuard<'_, Voices> {
+        let voices = self.0.voices.lock();
+        voices.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which of the pipelines this rank is in, by the micro-batches that they take.
+    pub(crate) fn pipeline(&self) -> usize {
+        let mesh = self.arrangement().mesh;
+        let place = mesh.place(self.0.rank);
+        place.data * mesh.expert + place.expert
+    }
+
+    /// Its place in its pipeline.
+    pub(crate) fn place(&self) -> usize {
+        self.arrangement().mesh.place(self.0.rank).pipeline
+    }
+
+    /// All micro-batches of a step: gradients summed over those who have copies of a parameter, and what is reported.
+    fn train(
+        &self,
+        part: &Part,
+        batch: &Batch,
+        weights: LossWeights,
+    ) -> Result<(GradientsParams, StepReport, Vec<Vec<u64>>), CommError> {
+        let arrangement = self.arrangement();
+        let windows = batch.micro_batches(arrangement.sequences, &part.device());
+        let voices = self.voices();
+        let executed = self.share(part, &voices, weights).train(&windows)?;
+        let Executed {
+            gradients,
+            losses,
+            loads,
+            order: _,
+        } = executed;
+        let gradients = voices.copies.sum(part, gradients, self.registry())?;
+
+        let experts = arrangement.shape.n_routed_experts;
+        let mut counts = vec![0u64; self.0.routed.len() * experts];
+        for (at, layer) in self.0.routed.iter().enumerate() {
+            if let Some(load) = loads.get(layer) {
+                let load = load.to_data();
+                let slots = counts[at * experts..].iter_mut();
+                slots
+                    .zip(load.iter::<i64>())
+                    .for_each(|(slot, load)| *slot = load as u64);
+            }
+        }
+        voices
+            .world
+            .all_reduce(Values::U64(&mut counts), Reduction::Sum)?;
+        let loads = counts.chunks(experts).map(<[u64]>::to_vec).collect();
+
+        let first = self.pipeline() * windows.len();
+        let all = self.losses(
+            voices.world.as_ref(),
+            first,
+            losses,
+            arrangement.micro_batches,
+        )?;
+        let report = self.report(&all, batch.predicted() / windows.len() as u64, weights);
+        Ok((gradients, report, loads))
+    }
+
+    fn share<'a>(&'a self, part: &'a Part, voices: &'a Voices, weights: LossWeights) -> Share<'a> {
+        let arrangement = self.arrangement();
+        Share {
+            timeline: &arrangement.timeline,
+            layout: &arrangement.layout,
+            ranks: voices.pipeline.as_ref(),
+            part,
+            terms: Terms {
+                weights,
+                micro_batches: arrangement.micro_batches,
+                recompute: arrangement.recompute,
+            },
+        }
+    }
+
+    /// The losses of `count` micro-batches, of which this rank knows some from number `first` on: main, balance, and of
+    /// each MTP depth.
+    fn losses(
+        &self,
+        ranks: &dyn Communicator,
+        first: usize,
+        mine: Vec<MicroLosses>,
+        count: usize,
+    ) -> Result<Vec<Vec<f64>>, CommError> {
+        let width = 2 + self.arrangement().shape.num_nextn_predict_layers;
+        let mut numbers = vec![0f64; count * width];
+        for (slots, losses) in numbers.chunks_mut(width).skip(first).zip(mine) {
+            let number = |tensor: burn::tensor::Tensor<1>| tensor.into_scalar::<f64>();
+            if let Some(main) = losses.main {
+                slots[0] = number(main);
+            }
+            slots[1] = losses.balance.into_iter().map(number).sum();
+            for (slot, loss) in slots[2..].iter_mut().zip(losses.mtp) {
+                *slot = number(loss);
+            }
+        }
+        // Each is known to one rank but for the balance loss, to which every stage adds; the others give zeros.
+        ranks.all_reduce(Values::F64(&mut numbers), Reduction::Sum)?;
+        Ok(numbers.chunks(width).map(<[f64]>::to_vec).collect())
+    }
+
+    fn report(&self, all: &[Vec<f64>], predicted_tokens: u64, weights: LossWeights) -> StepReport {
+        let reports = all.iter().map(|losses| {
+            let mtp = losses[2..].to_vec();
+            let lambda = weights.mtp / mtp.len().max(1) as f64;
+            let loss = losses[0] + lambda * mtp.iter().sum::<f64>() + weights.balance * losses[1];
+            StepReport {
+                predicted_tokens,
+                // As far as the numbers reach that it is computed in.
+                loss: f64::from(loss as f32),
+                main: losses[0],
+                mtp,
+                balance: losses[1],
+                ..StepReport::default()
+            }
+        });
+        StepReport::mean(&reports.collect::<Vec<_>>())
+    }
+
+    fn evaluate(
+        &self,
+        part: &Part,
+        batch: &Batch,
+        weights: LossWeights,
+    ) -> Result<StepReport, CommError> {
+        let windows = batch.micro_batches(batch.windows.len(), &part.device());
+        let voices = self.voices();
+        let losses = self.share(part, &voices, weights).evaluate(&windows[0])?;
+        let all = self.losses(voices.pipeline.as_ref(), 0, vec![losses], 1)?;
+        Ok(self.report(&all, batch.predicted(), weights))
+    }
+
+    /// The names, over all ranks, of parameters whose gradients are not finite.
+    fn not_finite(
+        &self,
+        part: &Part,
+        gradients: &GradientsParams,
+    ) -> Result<Vec<String>, CommError> {
+        let registry = self.registry();
+        let names = step::not_finite(part, gradients);
+        let names: Vec<&str> = names.iter().filter_map(|&id| registry.path(id)).collect();
+        let all = self
+            .voices()
+            .world
+            .all_gather(names.join("\n").as_bytes())?;
+        let mut all: Vec<String> = all
+            .iter()
+            .flat_map(|names| {
+                let names = String::from_utf8_lossy(names).into_owned();
+                names.lines().map(str::to_owned).collect::<Vec<_>>()
+            })
+            .collect();
+        all.sort();
+        all.dedup();
+        Ok(all)
+    }
+}
+
+impl RankTrainee {
+    /// A part of a model, the rank that it is on, and the exchange with the training loop.
+    pub fn new(part: Part, rank: Rank, exchange: Exchange) -> Self {
+        Self {
+            part,
+            rank,
+            exchange,
+        }
+    }
+
+    fn update(
+        &mut self,
+        optimizer: &mut ModuleOptimizer,
+        rate: ModuleLearningRate,
+        gradients: GradientsParams,
+    ) -> Result<(), CommError> {
+        let (rule, loads) = (self.exchange.settings().rule, self.exchange.loads());
+        let rank = self.rank.clone();
+        let norm = {
+            let voices = rank.voices();
+            let (world, registry) = (voices.world.as_ref(), rank.registry());
+            let copies = &voices.copies;
+            copies.global_norm(world, &self.part, &gradients, registry)?
+        };
+        let mut not_finite = Vec::new();
+        if !norm.is_finite() {
+            not_finite = rank.not_finite(&self.part, &gradients)?;
+        } else if !self.exchange.is_left_out() {
+            let gradients = step::clipped(&self.part, gradients, norm, rule);
+            let mut part = optimizer.step(rate, self.part.clone(), gradients);
+            let routed = &rank.0.routed;
+            let routers = part.routers_mut(rank.arrangement().shape.num_hidden_layers);
+            let routers = routers.filter_map(|(layer, router)| {
+                let at = routed.binary_search(&layer).ok()?;
+                Some((router, loads.get(at)?))
+            });
+            step::move_biases(routers, rule.gamma);
+            self.part = part;
+        }
+        self.exchange.end(norm, not_finite, optimizer);
+        Ok(())
+    }
+}
+
+// Burn's steps cannot fail: what keeps the ranks from a step is left in the exchange, where the loop finds it.
+impl TrainStep for RankTrainee {
+    type Input = Batch;
+    type Output = StepReport;
+
+    fn step(&self, batch: Batch) -> TrainOutput<StepReport> {
+        let weights = self.exchange.settings().weights;
+        let (grads, item) = match self.rank.train(&self.part, &batch, weights) {
+            Ok((gradients, report, loads)) => {
+                self.exchange.add_loads(&loads);
+                (gradients, report)
+            }
+            Err(error) => {
+                self.exchange.fail(error.into());
+                (GradientsParams::new(), StepReport::default())
+            }
+        };
+        TrainOutput { grads, item }
+    }
+
+    fn optimize(
+        mut self,
+        optimizer: &mut ModuleOptimizer,
+        rate: ModuleLearningRate,
+        gradients: GradientsParams,
+    ) -> Self {
+        if let Err(error) = self.update(optimizer, rate, gradients) {
+            self.exchange.fail(error.into());
+        }
+        self
+    }
+}
+
+impl InferenceStep for RankTrainee {
+    type Input = Batch;
+    type Output = StepReport;
+
+    fn step(&self, batch: Batch) -> StepReport {
+        let weights = self.exchange.settings().weights;
+        let report = self.rank.evaluate(&self.part, &batch, weights);
+        report.unwrap_or_else(|error| {
+            self.exchange.fail(error.into());
+            StepReport::default()
+        })
+    }
+}
+
+impl Trained for RankTrainee {
+    fn exchange(&self) -> &Exchange {
+        &self.exchange
+    }
+
+    fn whole(&self) -> Option<&Transformer> {
+        None
+    }
+
+    fn agree_to_stop(&self, asked: bool) -> Result<bool, TrainError> {
+        let mut asked = [u64::from(asked)];
+        let voices = self.rank.voices();
+        voices
+            .world
+            .all_reduce(Values::U64(&mut asked), Reduction::Max)?;
+        Ok(asked[0] > 0)
+    }
+
+    fn save(
+        &self,
+        checkpoints: &Checkpoints,
+        contents: Contents<'_>,
+        record: OptimizerRecord,
+    ) -> Result<PathBuf, TrainError> {
+        shards::write(checkpoints, &self.part, &self.rank, contents, record)
+    }
+}
