@@ -17,6 +17,7 @@ mod model_service;
 mod pipeline;
 mod plan;
 mod progress;
+mod ranks;
 mod serve;
 mod step_lines;
 mod train;

@@ -1,15 +1,18 @@
 //! What `chat` and `serve` share: a model, ready to answer many requests.
 
-use std::{path::PathBuf, str::FromStr};
+use std::path::PathBuf;
 
 use deepburn_infer::{
     chat_template::{self, ChatTemplate},
     engine::Engine,
     service::{Service, ServiceConfig},
-    speculation::Speculation,
 };
 
-use crate::{device::DeviceSpec, model_dir};
+use crate::{
+    device::DeviceSpec,
+    generate::{SpeculationSpec, positive},
+    model_dir,
+};
 
 /// Where the model is and how it computes.
 #[derive(Debug, clap::Args)]
@@ -22,33 +25,14 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "DEVICE", default_value_t)]
     device: DeviceSpec,
 
-    /// Draft tokens with the model's prediction modules: off, a number of tokens per step, or auto, which measures
-    /// whether it pays
+    /// Draft tokens with the model's prediction modules: off, so many per step, or auto, as many as there are modules
+    /// while that is measured to be faster
     #[arg(long, value_name = "off|auto|K", default_value = "off")]
-    speculate: SpeculateArg,
+    speculate: SpeculationSpec,
 
     /// Hold the latents of at most this many tokens, of all texts and of prompts kept for reuse together
-    #[arg(long, value_name = "N", default_value_t = ServiceConfig::default().cached_tokens)]
+    #[arg(long, value_name = "N", default_value_t = ServiceConfig::default().cached_tokens, value_parser = positive)]
     cached_tokens: usize,
-}
-
-/// `--speculate` as it is written.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct SpeculateArg(Speculation);
-
-impl FromStr for SpeculateArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match (text, text.parse()) {
-            ("off", _) => Ok(Self(Speculation::Off)),
-            ("auto", _) => Ok(Self(Speculation::Auto)),
-            (_, Ok(depth)) if depth > 0 => Ok(Self(Speculation::Depth(depth))),
-            _ => Err(format!(
-                "must be off, auto or a number above 0; found {text:?}"
-            )),
-        }
-    }
 }
 
 /// A model that answers.
@@ -75,7 +59,7 @@ impl ModelArgs {
         let bos = engine.bos();
         let config = ServiceConfig {
             cached_tokens: self.cached_tokens,
-            speculate: self.speculate.0,
+            speculate: self.speculate.for_model(&engine.config)?,
             ..config
         };
         Ok(Model {
@@ -84,22 +68,5 @@ impl ModelArgs {
             add_bos,
             bos,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn speculation_is_off_auto_or_a_depth() {
-        let parsed = |text: &str| text.parse::<SpeculateArg>().map(|argument| argument.0);
-        assert_eq!(parsed("off"), Ok(Speculation::Off));
-        assert_eq!(parsed("auto"), Ok(Speculation::Auto));
-        assert_eq!(parsed("2"), Ok(Speculation::Depth(2)));
-        for text in ["", "0", "-1", "on"] {
-            let message = format!("must be off, auto or a number above 0; found {text:?}");
-            assert_eq!(parsed(text), Err(message));
-        }
     }
 }

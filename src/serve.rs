@@ -16,7 +16,7 @@ use deepburn_infer::{
 };
 use tokio::sync::watch;
 
-use crate::{INTERRUPTED, model_service::ModelArgs, print_now};
+use crate::{INTERRUPTED, generate::positive, model_service::ModelArgs, print_now};
 
 const API_KEY: &str = "DEEPBURN_API_KEY";
 
@@ -50,11 +50,11 @@ pub(crate) struct Args {
     max_waiting: usize,
 
     /// Texts that are continued together
-    #[arg(long, value_name = "N", default_value_t = ServiceConfig::default().max_batch)]
+    #[arg(long, value_name = "N", default_value_t = ServiceConfig::default().max_batch, value_parser = positive)]
     max_batch: usize,
 
     /// Prompt tokens per step: more read prompts faster, fewer delay running texts less
-    #[arg(long, value_name = "N", default_value_t = ServiceConfig::default().prefill_chunk)]
+    #[arg(long, value_name = "N", default_value_t = ServiceConfig::default().prefill_chunk, value_parser = positive)]
     prefill_chunk: usize,
 
     /// Refuse longer prompts, in tokens [default: what the model can take]
@@ -62,7 +62,7 @@ pub(crate) struct Args {
     max_prompt_tokens: Option<usize>,
 
     /// Most new tokens that a request may ask for
-    #[arg(long, value_name = "N", default_value_t = Limits::default().new_tokens)]
+    #[arg(long, value_name = "N", default_value_t = Limits::default().new_tokens, value_parser = positive)]
     max_new_tokens: usize,
 
     /// Most seconds that a request may take, waiting included

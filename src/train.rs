@@ -16,7 +16,7 @@ use deepburn_train::{
     run::{self, RunOptions, RunSummary},
 };
 
-use crate::{INTERRUPTED, device::DeviceSpec, progress::Progress, step_lines::StepLines};
+use crate::{INTERRUPTED, device::DeviceSpec, progress::Progress, ranks, step_lines::StepLines};
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
@@ -41,6 +41,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    ranks::alone()?;
     let config = TrainConfig::read(&args.config, &args.set)?;
     let device = args.device.open()?;
     let mut progress = Progress::new();

@@ -308,6 +308,18 @@ fn what_does_not_fit_is_refused_by_name() {
         refused(&["parallel.pipeline=2", "parallel.layers=[8]"]),
         "[parallel] layers = [8]: there are 2 stages"
     );
+    assert_eq!(
+        refused(&["parallel.expert=2"]),
+        "[parallel] expert = 2: must be 1, every rank has all experts of its layers"
+    );
+    let mut started = Command::new(env!("CARGO_BIN_EXE_deepburn"));
+    let started = started.arg("train").arg(dir.join("train.toml"));
+    let output = started.env("OMPI_COMM_WORLD_SIZE", "2").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.starts_with("error: started as one of 2 processes"),
+        "{said}"
+    );
     assert!(refused(&["parallel.schedule=gpipe"]).contains("unknown variant `gpipe`"));
 }
 

@@ -136,7 +136,7 @@ fn what_chat_cannot_do_is_said() {
     assert_eq!(output.status.code(), Some(2));
     let output = chat(&["--speculate", "maybe"], "");
     assert_eq!(output.status.code(), Some(2));
-    assert!(text(&output.stderr).contains("must be off, auto or a number above 0"));
+    assert!(text(&output.stderr).contains("must be off, auto or 1 to 64"));
 }
 
 /// A server in a process, and where it listens.
@@ -231,10 +231,10 @@ fn a_served_model_answers_logs_and_ends_after_its_answers() {
         assert!(output.status.success(), "{log}");
         for part in [
             "POST /v1/completions 200 ",
-            " 1 prompt and 3 new tokens\n",
+            " 2 prompt and 3 new tokens\n",
             "POST /v1/completions 401 ",
             "stopping after the answers under way",
-            " 1 prompt and 400 new tokens\n",
+            " 2 prompt and 400 new tokens\n",
         ] {
             assert!(log.contains(part), "{part:?} is not in {log}");
         }

@@ -1,7 +1,7 @@
 //! Redundant experts (report section 3.4): which experts to hold twice, and where, so that devices are equally busy.
 //!
 //! A pure function of observed loads. Copies go one by one to the expert whose copies are busiest; they are then handed out,
-//! busiest first, each to the least busy device that has a place left and, if possible, no copy of the same expert.
+//! busiest first, each to the least busy device that has a place left.
 
 /// Where the experts of one layer are.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,7 +60,7 @@ impl Placement {
         };
         for expert in order {
             for _ in 0..placement.copies[expert] {
-                let device = placement.least_busy(expert, places);
+                let device = placement.least_busy(places);
                 placement.devices[device].push(expert);
                 placement.loads[device] += share(&placement.copies, expert);
             }
@@ -69,14 +69,10 @@ impl Placement {
         Ok(placement)
     }
 
-    fn least_busy(&self, expert: usize, places: usize) -> usize {
+    fn least_busy(&self, places: usize) -> usize {
         let free = (0..self.devices.len()).filter(|&device| self.devices[device].len() < places);
-        let cost = |device: usize| (self.devices[device].contains(&expert), self.loads[device]);
-        free.min_by(|&a, &b| {
-            let (a, b) = (cost(a), cost(b));
-            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))
-        })
-        .expect("there are as many places as copies")
+        free.min_by(|&a, &b| self.loads[a].total_cmp(&self.loads[b]))
+            .expect("there are as many places as copies")
     }
 
     /// The busiest device's load over the mean: 1 is balanced. 1 if there is no load.

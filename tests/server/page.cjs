@@ -51,10 +51,14 @@ async function main() {
     // A second question, stopped half-way, then a new conversation.
     await page.getByLabel("New tokens").fill("2400");
     await page.getByLabel("Message", { exact: true }).fill("Again");
+    const stopped = page.waitForFunction(() => {
+      const button = document.getElementById("stop");
+      button.click();
+      return !button.disabled;
+    });
     await page.getByRole("button", { name: "Send" }).click();
-    await page.locator(".message").nth(3).locator("p", { hasText: /./ }).waitFor();
-    await page.getByRole("button", { name: "Stop" }).click();
-    await page.locator(".message").nth(3).locator("small", { hasText: /stopped|tokens/ }).waitFor();
+    await stopped;
+    await page.locator(".message").nth(3).locator("small", { hasText: "stopped" }).waitFor();
 
     await page.locator("#loads").waitFor({ state: "visible" });
     const colours = await page.evaluate(() => {

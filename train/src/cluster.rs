@@ -135,6 +135,13 @@ fn enter(world: &dyn Communicator, job: Job<'_>) -> Result<(Beginning, Arrangeme
 /// A schedule or a cut that the model cannot be trained by.
 fn arrange(job: Job<'_>) -> Result<Arrangement, TrainError> {
     let parallel = &job.config.parallel;
+    if parallel.expert > 1 {
+        let what = format!(
+            "expert = {}: must be 1, every rank has all experts of its layers",
+            parallel.expert
+        );
+        return Err(TrainError::Ranks(what));
+    }
     let refused =
         |refused: crate::pipeline::schedule::Refused| TrainError::Ranks(refused.to_string());
     let schedule = Schedule::from(parallel.schedule);
@@ -230,7 +237,10 @@ fn train(
             let (saved, model) = checkpoint::load_parts(path, device, &holds)?;
             beginning.check_shape(&saved, job.shape)?;
             let wanted = |id: u64| rank.registry().path(id.into()).is_some_and(holds);
-            (model, Some(shards::read_moments(path, &wanted)?))
+            (
+                model,
+                Some(shards::read_moments(path, &wanted, Some(rank.experts()))?),
+            )
         }
     };
     let model = model.with_arithmetic(config.arithmetic());

@@ -206,7 +206,7 @@ pub fn run(
         Some(path) => {
             let (saved, model) = checkpoint::load(path, &options.device)?;
             beginning.check_shape(&saved, &shape)?;
-            (model, Some(shards::read_moments(path, &|_| true)?))
+            (model, Some(shards::read_moments(path, &|_| true, None)?))
         }
     };
     let average = match (config.ema, beginning.checkpoint()) {

@@ -13,6 +13,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -22,7 +23,7 @@ use deepburn_model::checkpoint::{self, Shard, write_file};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    pipeline::{stage::Part, trainee::Rank},
+    pipeline::{copies::is_routed_expert, stage::Part, trainee::Rank},
     run::TrainError,
     state::{Checkpoints, Contents, OPTIMIZER, StateError, io_error, write_run},
 };
@@ -64,7 +65,14 @@ pub(crate) fn write(
         let before = writers[..world.rank()].iter();
         let number = before.filter(|writes| writes[0] == 1).count();
         let written = match writes[0] {
-            1 => write_share(staging, [number, count], part, contents, record, &answers),
+            1 => {
+                let mine = Mine {
+                    part,
+                    own: rank.experts(),
+                    answers: &answers,
+                };
+                write_share(staging, [number, count], mine, contents, record)
+            }
             _ => Ok(()),
         };
         let said = written.err().map(|error| error.to_string());
@@ -126,19 +134,32 @@ pub(crate) fn write(
     result
 }
 
+/// What a rank writes.
+struct Mine<'a> {
+    part: &'a Part,
+    /// Its experts of every layer.
+    own: Range<usize>,
+    /// The names of the parameters that it answers for.
+    answers: &'a dyn Fn(u64) -> Option<String>,
+}
+
 /// This rank's files, written to the disk.
 fn write_share(
     staging: &Path,
     [number, count]: [usize; 2],
-    part: &Part,
+    mine: Mine<'_>,
     contents: Contents<'_>,
     record: OptimizerRecord,
-    answers: &dyn Fn(u64) -> Option<String>,
 ) -> Result<(), StateError> {
+    let Mine { part, own, answers } = mine;
+    let first = |path: &str| match is_routed_expert(path) {
+        true => own.start,
+        false => 0,
+    };
     let shard = Shard {
         number,
         count,
-        name: &|id| answers(id.val()).map(|path| (path, 0)),
+        name: &|id| answers(id.val()).map(|path| (path.clone(), first(&path))),
     };
     checkpoint::save_shard(part, contents.shape, staging, &shard)?;
     let path = staging.join(moments_name(number, count));
@@ -151,9 +172,14 @@ fn write_share(
     let reader = Reader::from_bytes(bytes).map_err(|error| wrong(error.into()))?;
     pack.add(reader, &|id| answers(id).is_some())
         .map_err(|error| wrong(error.into()))?;
-    for (id, name) in &mut pack.names {
+    let named = std::mem::take(&mut pack.names).into_keys();
+    for id in named {
         if let Some(path) = id.parse().ok().and_then(answers) {
-            *name = path;
+            if is_routed_expert(&path) {
+                pack.names
+                    .insert(format!("{id}{FIRST}"), own.start.to_string());
+            }
+            pack.names.insert(id, path);
         }
     }
     let written = pack.writer().write_to_file(&path);
@@ -179,13 +205,15 @@ fn write_manifest(staging: &Path, count: usize) -> Result<(), StateError> {
     Ok(write_file(&staging.join(MANIFEST), &text)?)
 }
 
-/// The moments in a checkpoint of any number of writers, of the parameters whose identity is `wanted`.
+/// The moments in a checkpoint of any number of writers, of the parameters whose identity is `wanted`; of routed experts
+/// those in `own`, if not of all.
 ///
 /// # Errors
 /// Files that are missing, malformed or not of the length that the manifest says.
 pub(crate) fn read_moments(
     checkpoint: &Path,
     wanted: &dyn Fn(u64) -> bool,
+    own: Option<Range<usize>>,
 ) -> Result<OptimizerRecord, StateError> {
     let mut pack = Pack::default();
     for path in moments_of(checkpoint)? {
@@ -197,7 +225,7 @@ pub(crate) fn read_moments(
         pack.add(reader, wanted)
             .map_err(|error| wrong(error.into()))?;
     }
-    let bytes = pack.writer().into_bytes();
+    let bytes = pack.join(own).and_then(|pack| pack.writer().into_bytes());
     bytes
         .map_err(Into::into)
         .and_then(OptimizerRecord::from_bytes)
@@ -231,10 +259,15 @@ fn moments_of(checkpoint: &Path) -> Result<Vec<PathBuf>, StateError> {
     Ok(moments.map(|name| checkpoint.join(name)).collect())
 }
 
+/// In a file's metadata: the first expert of a stacked parameter.
+const FIRST: &str = ".first";
+
 /// Moments in Burn's format: what [`OptimizerRecord`] reads and writes but does not let one choose from.
 #[derive(Default)]
 struct Pack {
     tensors: Vec<Tensor>,
+    /// Stacked experts by the name of the tensor and the first expert.
+    experts: BTreeMap<(String, usize), Tensor>,
     scalars: BTreeMap<String, Scalar>,
     /// By identity as a number.
     names: BTreeMap<String, String>,
@@ -254,17 +287,53 @@ impl Pack {
         let scalars = reader.scalars().iter().filter(|(key, _)| is_wanted(key));
         self.scalars
             .extend(scalars.map(|(key, scalar)| (key.clone(), *scalar)));
-        let names = reader.metadata().iter().filter(|(key, _)| is_wanted(key));
-        self.names
-            .extend(names.map(|(key, name)| (key.clone(), name.clone())));
-        let tensors = reader.into_tensors()?.into_iter();
-        self.tensors
-            .extend(tensors.filter(|tensor| tensor.param_id.is_some_and(wanted)));
+        let names = reader.metadata().clone();
+        for tensor in reader.into_tensors()? {
+            let id = tensor.param_id.filter(|&id| wanted(id));
+            let Some(id) = id else { continue };
+            let is_expert = |path: &String| is_routed_expert(path);
+            if names.get(&id.to_string()).is_some_and(is_expert) {
+                let first = names.get(&format!("{id}{FIRST}"));
+                let first = first.and_then(|first| first.parse().ok()).unwrap_or(0);
+                self.experts.insert((tensor.name.clone(), first), tensor);
+            } else {
+                self.tensors.push(tensor);
+            }
+        }
+        let names = names.into_iter().filter(|(key, _)| is_wanted(key));
+        self.names.extend(names);
         Ok(())
     }
 
+    /// Puts the experts of several files together, and keeps those in `own`.
+    fn join(mut self, own: Option<Range<usize>>) -> Result<Self, burn_pack::Error> {
+        let mut stacks: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
+        for ((name, _), tensor) in std::mem::take(&mut self.experts) {
+            stacks.entry(name).or_default().push(tensor);
+        }
+        for (name, parts) in stacks {
+            let (dtype, id) = (parts[0].dtype, parts[0].param_id);
+            let mut shape = parts[0].shape.to_vec();
+            let experts: usize = parts.iter().map(|part| part.shape[0]).sum();
+            let mut bytes = Vec::new();
+            for part in parts {
+                bytes.extend_from_slice(&part.into_bytes()?);
+            }
+            let each = bytes.len() / experts.max(1);
+            let own = own.clone().unwrap_or(0..experts);
+            let own = own.start.min(experts)..own.end.min(experts);
+            shape[0] = own.len();
+            let kept = bytes[own.start * each..own.end * each].to_vec();
+            let kept = burn_pack::Bytes::from_bytes_vec(kept);
+            self.tensors.push(Tensor::new(name, dtype, shape, id, kept));
+        }
+        self.names.retain(|key, _| !key.ends_with(FIRST));
+        Ok(self)
+    }
+
     fn writer(self) -> Writer {
-        let mut writer = Writer::new(self.tensors);
+        let experts = self.experts.into_values();
+        let mut writer = Writer::new(self.tensors.into_iter().chain(experts).collect());
         for (key, scalar) in self.scalars {
             writer = writer.with_scalar(&key, scalar);
         }

@@ -173,7 +173,10 @@ fn on_ranks(shape: &ModelConfig, arithmetic: Arithmetic, count: usize, way: &Way
         };
         let executed = share.train(&micro_batches(count, &device)).unwrap();
         let order: Vec<_> = executed.order.iter().map(ToString::to_string).collect();
-        assert_eq!(order, timeline.order()[ranks.rank()]);
+        let steps = timeline.ranks[ranks.rank()].steps.iter();
+        let parts = steps.flat_map(|step| step.action.parts());
+        let expected: Vec<_> = parts.map(|part| part.to_string()).collect();
+        assert_eq!(order, expected);
         let gradients = copies.sum(&part, executed.gradients, &registry).unwrap();
         let number = |loss: Option<Tensor<1>>| loss.map_or(f32::NAN, Tensor::into_scalar::<f32>);
         let predictions = executed.losses.iter().map(|losses| {

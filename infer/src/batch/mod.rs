@@ -5,11 +5,12 @@
 //! only in products with weights; what a text attends to is in its own pages of the cache.
 
 mod ahead;
+mod drafting;
 mod rows;
 mod sequence;
 mod single;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{collections::VecDeque, ops::ControlFlow, time::Instant};
 
@@ -23,9 +24,9 @@ use crate::{
     engine::{Engine, EngineError, Finish, GenerateOptions, Summary},
     logprobs::TokenInfo,
     pages::Pages,
-    payoff::Payoff,
-    speculation::{Drafts, Speculation, SpeculationState},
+    speculation::{Drafts, Speculation},
 };
+use drafting::Drafting;
 use rows::{Rows, indices};
 use sequence::Sequence;
 pub use single::generate;
@@ -138,20 +139,10 @@ pub struct Batch<'e> {
     loads: Vec<Tensor<1, Int>>,
 }
 
-/// What is done about drafting.
-#[derive(Clone, Copy, Debug)]
-enum Drafting {
-    Off,
-    NoModules,
-    Fixed(usize),
-    Measured(usize, Payoff),
-}
-
 impl<'e> Batch<'e> {
     /// A batch without texts.
     pub fn new(engine: &'e Engine, config: BatchConfig) -> Self {
         let pages = config.cached_tokens.div_ceil(config.page).max(1);
-        let modules = engine.model.mtp.len();
         Self {
             engine,
             config,
@@ -159,12 +150,7 @@ impl<'e> Batch<'e> {
             pages: Pages::new(pages, config.page),
             waiting: VecDeque::new(),
             running: Vec::new(),
-            drafting: match config.speculate {
-                Speculation::Off | Speculation::Depth(0) => Drafting::Off,
-                _ if modules == 0 => Drafting::NoModules,
-                Speculation::Depth(depth) => Drafting::Fixed(depth),
-                Speculation::Auto => Drafting::Measured(modules, Payoff::default()),
-            },
+            drafting: Drafting::new(config.speculate, engine.model.mtp.len()),
             totals: Totals::default(),
             loads: Vec::new(),
         }
@@ -223,23 +209,6 @@ impl<'e> Batch<'e> {
         let size = self.pages.size();
         let all = self.config.cached_tokens.div_ceil(size).max(1);
         (self.pages.used() * size, all * size)
-    }
-
-    /// Whether tokens are drafted.
-    pub fn speculation(&self) -> SpeculationState {
-        match self.drafting {
-            Drafting::Off => SpeculationState::Off,
-            Drafting::NoModules => SpeculationState::NoModules,
-            Drafting::Fixed(depth) => SpeculationState::On { depth },
-            Drafting::Measured(_, payoff) => match payoff.result() {
-                None => SpeculationState::Measuring,
-                Some(measured) => SpeculationState::Measured {
-                    kept: measured.pays(),
-                    with: measured.with,
-                    without: measured.without,
-                },
-            },
-        }
     }
 
     /// What was done so far, with expert loads as they were when [`Batch::totals`] last read them from the device.
@@ -473,42 +442,6 @@ impl<'e> Batch<'e> {
         Ok(())
     }
 
-    /// Prediction modules that are kept up to date.
-    fn modules(&self) -> usize {
-        let modules = self.engine.model.mtp.len();
-        match self.drafting {
-            Drafting::Off | Drafting::NoModules => 0,
-            Drafting::Fixed(depth) => depth.min(modules),
-            Drafting::Measured(depth, payoff) => match payoff.result() {
-                Some(measured) if !measured.pays() => 0,
-                _ => depth.min(modules),
-            },
-        }
-    }
-
-    /// Drafts for the next step; whether it did.
-    fn draft_next(&mut self) -> Result<bool, EngineError> {
-        let depth = match self.drafting {
-            Drafting::Fixed(depth) => depth,
-            Drafting::Measured(depth, payoff) if payoff.drafts() => depth,
-            _ => return Ok(false),
-        };
-        let mut room = Vec::new();
-        for index in 0..self.running.len() {
-            let sequence = &self.running[index];
-            let wanted = match sequence.is_decoding() {
-                true => sequence.room_for_drafts().min(depth),
-                false => 0,
-            };
-            // Drafts are worth no other text's room.
-            let positions = sequence.tokens.len() + wanted;
-            let has_room = wanted > 0 && self.reserve(index, positions);
-            room.push(if has_room { wanted } else { 0 });
-        }
-        self.draft(depth, &room)?;
-        Ok(room.iter().any(|&drafts| drafts > 0))
-    }
-
     /// Keeps the full pages of a running text for prompts that begin alike.
     fn keep_prefix(&mut self, index: usize) {
         let (size, ahead) = (self.pages.size(), self.modules());
@@ -525,22 +458,6 @@ impl<'e> Batch<'e> {
             let (held, kept) = (&mut sequence.pages, sequence.kept);
             self.pages.keep(held, kept, &sequence.tokens, ahead);
             sequence.kept += 1;
-        }
-    }
-
-    /// Adds a step of decoding to what decides about drafting; forgets what the modules have read if it does not pay.
-    fn measure(&mut self, drafted: Option<bool>, seconds: f64, tokens: u64) {
-        let Drafting::Measured(_, payoff) = &mut self.drafting else {
-            return;
-        };
-        let open = payoff.result().is_none();
-        payoff.record(drafted, seconds, tokens);
-        let given_up = payoff.result().is_some_and(|measured| !measured.pays());
-        if open && given_up {
-            self.pages.forget_all();
-            for sequence in &mut self.running {
-                sequence.forget_ahead();
-            }
         }
     }
 

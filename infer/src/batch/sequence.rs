@@ -100,12 +100,9 @@ impl<'e> Sequence<'e> {
         }
     }
 
-    /// Forgets what is cached; the pages it had.
+    /// Gives up what is cached until it starts again: the pages it had.
     pub(super) fn interrupt(&mut self) -> Vec<u32> {
-        self.cached = 0;
-        self.kept = 0;
         self.drafts.clear();
-        self.ahead = Ahead::default();
         std::mem::take(&mut self.pages)
     }
 

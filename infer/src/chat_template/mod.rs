@@ -165,15 +165,16 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         variables: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, ChatTemplateError> {
-        let mut context = variables.clone();
-        let messages = serde_json::json!(messages);
-        context.insert("messages".to_owned(), messages);
-        context.insert(
-            "add_generation_prompt".to_owned(),
-            add_generation_prompt.into(),
-        );
+        // Not as one JSON object, in which a message's fields would lose their order.
+        let more = variables.iter();
+        let more = more.map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
+        let own = [
+            ("messages", Value::from(Serde(messages))),
+            ("add_generation_prompt", Value::from(add_generation_prompt)),
+        ];
+        let context = Value::from_pairs(more.chain(own));
         let template = self.environment.get_template(NAME);
-        let rendered = template.and_then(|template| template.render(Value::from(Serde(context))));
+        let rendered = template.and_then(|template| template.render(context));
         rendered.map_err(|error| match error.kind() {
             ErrorKind::InvalidOperation => match refusal(&error) {
                 Some(message) => ChatTemplateError::Refused(message),

@@ -131,7 +131,7 @@ fn options_reach_the_sampler() {
     assert_eq!(answer(hot), text);
     let hot = json!({ "temperature": 1.5, "min_p": 0.999 });
     assert_eq!(answer(hot), text);
-    let repeated = json!({ "logit_bias": { "70": 10 } });
+    let repeated = json!({ "logit_bias": { "70": 3 } });
     let plain = answer(repeated.clone());
     for name in [
         "frequency_penalty",

@@ -12,14 +12,15 @@ use super::{
     stage::Part,
 };
 use crate::{
-    parallel::{CommError, Communicator, Mesh, Reduction, Values},
+    parallel::{CommError, Communicator, Mesh, Place, Reduction, Values},
     step,
 };
 
 /// The ranks that hold the same parameters as this one.
 pub struct Copies {
-    /// Of the embedding, of the layers, of the end of the model; alone where this rank holds none of it.
-    groups: [Box<dyn Communicator>; 3],
+    /// Of the embedding, of the layers, of the end of the model, and of the routed experts of the last two; alone where this
+    /// rank holds none of it.
+    groups: [Box<dyn Communicator>; 5],
 }
 
 impl Copies {
@@ -29,25 +30,33 @@ impl Copies {
     /// What keeps ranks from talking.
     pub fn find(world: &dyn Communicator, mesh: Mesh, layout: &Layout) -> Result<Self, CommError> {
         let rank = world.rank();
-        let place = mesh.place(rank).pipeline;
+        let Place {
+            pipeline: place,
+            expert,
+            ..
+        } = mesh.place(rank);
         let stages = layout.placement().directions().iter();
         let layer = stages
             .flat_map(|&direction| layout.stage(place, direction).layers)
             .next();
-        let split = |piece: Option<Piece>| {
-            let holders = piece.filter(|&piece| layout.holds(place, piece));
-            let color = match holders.map(|piece| layout.holders(piece)[0]) {
-                Some(first) => first as u64,
+        // Of routed experts, the ranks along the expert axis have different ones.
+        let split = |piece: Option<Piece>, own: usize| {
+            let held = piece.filter(|&piece| layout.holds(place, piece));
+            let color = match held.map(|piece| layout.holders(piece)[0]) {
+                Some(first) => first * mesh.expert + own,
                 // Nobody else's.
-                None => (mesh.ranks() + rank) as u64,
+                None => mesh.ranks() + rank,
             };
-            world.split(color, rank as u64)
+            world.split(color as u64, rank as u64)
         };
+        let (layer, end) = (layer.map(Piece::Layer), Some(Piece::End));
         Ok(Self {
             groups: [
-                split(Some(Piece::Embedding))?,
-                split(layer.map(Piece::Layer))?,
-                split(Some(Piece::End))?,
+                split(Some(Piece::Embedding), 0)?,
+                split(layer, 0)?,
+                split(end, 0)?,
+                split(layer, expert)?,
+                split(end, expert)?,
             ],
         })
     }
@@ -122,11 +131,18 @@ impl Copies {
 }
 
 fn group(path: &str) -> usize {
-    match Piece::of(path) {
-        Piece::Embedding => 0,
-        Piece::Layer(_) => 1,
-        Piece::End => 2,
+    match (Piece::of(path), is_routed_expert(path)) {
+        (Piece::Embedding, _) => 0,
+        (Piece::Layer(_), false) => 1,
+        (Piece::End, false) => 2,
+        (Piece::Layer(_), true) => 3,
+        (Piece::End, true) => 4,
     }
+}
+
+/// Whether a parameter is one of the routed experts', which are divided along the expert axis.
+pub(crate) fn is_routed_expert(path: &str) -> bool {
+    path.contains(".mlp.experts.")
 }
 
 /// The gradients of a group one after the other; first filled, then read.

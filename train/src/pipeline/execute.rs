@@ -57,7 +57,7 @@ pub struct Executed {
     /// Tokens that each expert received, `[E]`, of the mixture-of-experts layers on this rank, with their numbers; MTP
     /// modules count on after the last layer.
     pub loads: HashMap<usize, Tensor<1, Int>>,
-    /// What was computed, in order.
+    /// What was computed, in order; pairs in their parts.
     pub order: Vec<Action>,
 }
 
@@ -92,7 +92,6 @@ impl Share<'_> {
                     execution.backward(backward);
                 }
             }
-            execution.done.order.push(step.action);
         }
         execution.exchange(&steps.final_wait)?;
         execution.done.gradients = execution.sum.grads();
@@ -153,6 +152,7 @@ struct Kept {
 
 /// A backward pass whose weights are still to come.
 struct Queued {
+    chunk: Chunk,
     stage_gradients: Gradients,
     products: Products,
 }
@@ -215,6 +215,7 @@ impl<'a> Execution<'a> {
         };
         self.note(&stage, number, &output);
         self.hand_on_result(chunk, &output);
+        self.done.order.push(Action::Forward(chunk));
         let output = self.plain.is_none().then_some(output);
         self.kept.insert(chunk, Kept { input, output });
     }
@@ -225,6 +226,7 @@ impl<'a> Execution<'a> {
         let gradients = root.loss.backward();
         self.end_backward(chunk, &root, &gradients);
         self.add(gradients, None);
+        self.done.order.push(Action::Backward(chunk));
     }
 
     /// Bi
@@ -232,7 +234,9 @@ impl<'a> Execution<'a> {
         let root = self.begin_backward(chunk);
         let (stage_gradients, products) = put_off(|| root.loss.backward());
         self.end_backward(chunk, &root, &stage_gradients);
+        self.done.order.push(Action::BackwardInput(chunk));
         self.queue.push_back(Queued {
+            chunk,
             stage_gradients,
             products,
         });
@@ -242,6 +246,7 @@ impl<'a> Execution<'a> {
     fn backward_weight(&mut self) {
         let queued = self.queue.pop_front().expect("Bi comes before W");
         self.add(queued.stage_gradients, Some(queued.products.compute()));
+        self.done.order.push(Action::BackwardWeight(queued.chunk));
     }
 
     /// What to go backward from: the losses of the stage, and the inner product of its output with the gradient of that,

@@ -1,6 +1,7 @@
 //! A rank's part of a model as Burn's Learner trains it: all micro-batches of a step at once, with the other ranks.
 
 use std::{
+    ops::Range,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -139,6 +140,14 @@ impl Rank {
         let mesh = self.arrangement().mesh;
         let place = mesh.place(self.0.rank);
         place.data * mesh.expert + place.expert
+    }
+
+    /// Its experts of every layer.
+    pub(crate) fn experts(&self) -> Range<usize> {
+        let Arrangement { mesh, shape, .. } = self.arrangement();
+        let each = shape.n_routed_experts / mesh.expert;
+        let first = mesh.place(self.0.rank).expert * each;
+        first..first + each
     }
 
     /// Its place in its pipeline.
