@@ -7,6 +7,7 @@ pub mod cross_entropy;
 mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda_source;
+pub mod elsewhere;
 mod flex;
 pub mod fp8;
 mod gemm;

@@ -3,7 +3,7 @@
 use deepburn_train::parallel::{CommError, Communicator, Hop, Kind, Reduction, Transfer, Values};
 
 /// All of them, in the order that every rank runs them in.
-pub fn all(world: &dyn Communicator) -> Result<(), CommError> {
+pub(crate) fn all(world: &dyn Communicator) -> Result<(), CommError> {
     sums_are_in_the_order_of_the_ranks(world)?;
     maxima_keep_nan(world)?;
     bytes_come_from_the_root(world)?;
