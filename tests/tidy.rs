@@ -40,11 +40,12 @@ const PURE: &[&str] = &[
 ];
 
 /// Where `unsafe` may appear. A path that ends in `/` is a folder.
-const MAY_BE_UNSAFE: [&str; 4] = [
+const MAY_BE_UNSAFE: [&str; 5] = [
     "kernels-cubecl/",
     "model/src/mmap.rs",
     "src/allocator.rs",
     "train/src/parallel/mpi.rs",
+    "train/src/parallel/nccl.rs",
 ];
 
 /// A crate's manifest and the crates of this workspace that it may name.

@@ -8,6 +8,7 @@ pub mod cross_entropy;
 mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda_source;
+pub mod elsewhere;
 mod few_rows;
 mod flex;
 pub mod fp8;

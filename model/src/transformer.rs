@@ -6,6 +6,8 @@
 //!                       +---- embedding of t+1 -> mtp.0 <--+ -> h1 -> lm_head -> logits of t+2
 //! ```
 
+use std::{ops::Range, sync::Arc};
+
 use burn::{
     module::Module,
     nn::Embedding,
@@ -17,9 +19,9 @@ use crate::{
     attention::{AttentionMask, LatentCache, Layout, PagedCache},
     config::ModelConfig,
     init::Initializer,
-    layer::{DecoderLayer, LayerOutput},
+    layer::{DecoderLayer, FeedForward, LayerOutput},
     loss::head_cross_entropy,
-    moe::MoeOutput,
+    moe::{MoeOutput, TokenDispatcher},
     mtp::{MtpModule, MtpOutput},
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
@@ -118,6 +120,32 @@ impl Transformer {
             Some(head) => head.hold(format),
             None => Ok(()),
         }
+    }
+
+    /// This model as one of several that share the routed experts of every layer: see
+    /// [`Moe::distributed`](crate::moe::Moe::distributed). `dispatcher` is asked for each such layer, in order, those of MTP modules last.
+    #[must_use]
+    pub fn with_experts(
+        mut self,
+        own: &Range<usize>,
+        mut dispatcher: impl FnMut() -> Arc<dyn TokenDispatcher>,
+    ) -> Self {
+        let mut layer = |mut layer: DecoderLayer| {
+            layer.mlp = match layer.mlp {
+                FeedForward::Moe(moe) => {
+                    FeedForward::Moe(moe.distributed(own.clone(), dispatcher()))
+                }
+                dense => dense,
+            };
+            layer
+        };
+        self.layers = self.layers.into_iter().map(&mut layer).collect();
+        let further = self.mtp.into_iter().map(|mut module| {
+            module.block = layer(module.block);
+            module
+        });
+        self.mtp = further.collect();
+        self
     }
 
     /// Runs the main model over whole sequences.

@@ -12,6 +12,7 @@ use tokenizers::Tokenizer;
 
 use super::*;
 use crate::sampler::SamplerConfig;
+use crate::speculation::SpeculationState;
 
 fn fixture(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -17,7 +17,7 @@ use burn::{
         Dispatch, backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Int, Tensor},
+    tensor::{Device, Int, Tensor, TensorData},
 };
 
 /// Where each of the `T * K` (token, choice) pairs stands when they are sorted by expert.
@@ -73,14 +73,62 @@ impl Permutation {
         }
     }
 
+    /// Sorts pairs that the host knows. Those of no expert stand in no segment: nothing is computed for them, and they add
+    /// nothing to what is combined, whatever their weight.
+    ///
+    /// # Shapes
+    /// - `chosen`: `[T * K]`, `k` for each token
+    ///
+    /// # Panics
+    /// If `tile` or `k` is zero or does not divide `chosen`.
+    pub fn of_known(
+        chosen: &[Option<usize>],
+        k: usize,
+        experts: usize,
+        tile: usize,
+        device: &Device,
+    ) -> Self {
+        assert!(
+            tile > 0 && k > 0 && chosen.len().is_multiple_of(k),
+            "{} pairs, {k} for a token, in segments of multiples of {tile}",
+            chosen.len()
+        );
+        let mut counts = vec![0usize; experts];
+        for expert in chosen.iter().flatten() {
+            counts[*expert] += 1;
+        }
+        let rows: Vec<usize> = counts.iter().map(|n| n.next_multiple_of(tile)).collect();
+        let mut next: Vec<usize> = (0..experts).map(|e| rows[..e].iter().sum()).collect();
+        let all: usize = rows.iter().sum();
+        // Pairs of no expert share a row of zeros behind the last segment.
+        let mut order = vec![chosen.len() as i32; all + tile];
+        let slots = chosen.iter().enumerate().map(|(pair, expert)| {
+            let Some(expert) = *expert else {
+                return all as i32;
+            };
+            let slot = next[expert];
+            next[expert] += 1;
+            order[slot] = pair as i32;
+            slot as i32
+        });
+        let slots: Vec<i32> = slots.collect();
+        let list = |values: Vec<i32>| {
+            let length = values.len();
+            Tensor::<1, Int>::from_data(TensorData::new(values, [length]), device)
+        };
+        let narrow = |values: Vec<usize>| values.into_iter().map(|n| n as i32).collect();
+        Self {
+            order: list(order),
+            slots: list(slots).reshape([chosen.len() / k, k]),
+            counts: list(narrow(counts)),
+            rows: list(narrow(rows)),
+            tile,
+        }
+    }
+
     /// Tokens and choices per token, `[T, K]`.
     pub fn dims(&self) -> [usize; 2] {
         self.slots.dims()
-    }
-
-    fn is_padded(&self) -> bool {
-        let ([all], [tokens, k]) = (self.order.dims(), self.dims());
-        all > tokens * k
     }
 }
 

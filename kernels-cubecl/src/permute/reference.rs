@@ -43,13 +43,9 @@ pub(super) fn sort_by_expert(chosen: Tensor<2, Int>, experts: usize, tile: usize
 /// See [`super::permute`].
 pub(super) fn permute(x: Tensor<2>, permutation: &Permutation) -> Tensor<2> {
     let ([_, k], [_, width]) = (permutation.dims(), x.dims());
-    let x = if permutation.is_padded() {
-        // The token of a padding row is the one past the end.
-        let zeros = Tensor::zeros([1, width], (&x.device(), x.dtype()));
-        Tensor::cat(vec![x, zeros], 0)
-    } else {
-        x
-    };
+    // The token of a padding row is the one past the end.
+    let zeros = Tensor::zeros([1, width], (&x.device(), x.dtype()));
+    let x = Tensor::cat(vec![x, zeros], 0);
     x.select(0, permutation.order.clone() / k as i64)
 }
 

@@ -279,3 +279,55 @@ mod on_wgpu {
         assert_eq!(combine(rows, weights, &permutation).dims(), [0, 8]);
     }
 }
+
+/// Pairs of no expert are as those of an expert whose output is zero.
+#[test]
+fn known_pairs_may_be_of_no_expert() {
+    let device = Device::flex().autodiff();
+    let chosen = [
+        Some(2),
+        None,
+        Some(0),
+        Some(2),
+        None,
+        None,
+        Some(2),
+        Some(0),
+    ];
+    for tile in [1, 4] {
+        let some = Permutation::of_known(&chosen, 2, 3, tile, &device);
+        assert_eq!(list(some.counts.clone()), [2, 0, 3]);
+        // Expert 3 stands for none.
+        let picks = chosen.map(|expert| expert.unwrap_or(3) as i32).to_vec();
+        let case = Case {
+            experts: 4,
+            k: 2,
+            tile,
+            picks,
+        };
+        let all = case.sort(&device);
+        let run = |order: &Permutation| {
+            let of = |rows, columns| {
+                let data = TensorData::new(numbers(rows, columns), [rows, columns]);
+                Tensor::<2>::from_data(data, &device).require_grad()
+            };
+            let (x, weights) = (of(4, 5), of(4, 2));
+            let rows = permute(x.clone(), order);
+            let [height, _] = rows.dims();
+            // Experts square, and expert 3 gives zero.
+            let end = list(order.rows.clone())[..3].iter().sum::<i32>() as usize;
+            let mask = Tensor::<2>::ones([end, 1], &device);
+            let mask = Tensor::cat(vec![mask, Tensor::zeros([height - end, 1], &device)], 0);
+            let y = combine(rows.clone() * rows * mask, weights.clone(), order);
+            let grads = (y.clone() * of(4, 5).detach()).sum().backward();
+            [
+                y.into_data(),
+                x.grad(&grads).unwrap().into_data(),
+                weights.grad(&grads).unwrap().into_data(),
+            ]
+        };
+        for (found, expected) in run(&some).iter().zip(&run(&all)) {
+            found.assert_approx_eq(expected, Tolerance::<f32>::absolute(1e-6));
+        }
+    }
+}

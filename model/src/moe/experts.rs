@@ -1,8 +1,10 @@
 //! The routed experts of one layer: MATHS. One grouped matrix product per projection, no loop over tokens.
 
+use std::ops::Range;
+
 use burn::{
     module::{Module, Param},
-    tensor::{Int, Tensor},
+    tensor::{Device, Int, Tensor},
 };
 use deepburn_kernels::{
     compact::{CompactFormat, CompactMatrices, NotCompact},
@@ -53,6 +55,25 @@ impl Experts {
         Ok(())
     }
 
+    /// Those in `own`, which are counted from 0 then.
+    #[must_use]
+    pub fn keep(self, own: Range<usize>) -> Self {
+        let keep = |weights: Param<Tensor<3>>| {
+            let trained = weights.is_require_grad();
+            weights.map(|weights| {
+                let own = weights.narrow(0, own.start, own.len()).detach();
+                own.set_require_grad(trained)
+            })
+        };
+        Self {
+            gate_proj: keep(self.gate_proj),
+            up_proj: keep(self.up_proj),
+            down_proj: keep(self.down_proj),
+            arithmetic: self.arithmetic,
+            held: None,
+        }
+    }
+
     /// Experts, E.
     pub fn len(&self) -> usize {
         self.gate_proj.lazy_shape()[0]
@@ -68,11 +89,24 @@ impl Experts {
     /// # Shapes
     /// - `chosen`: `[T, K]`
     pub fn order(&self, chosen: Tensor<2, Int>) -> Permutation {
-        let tile = match self.arithmetic.fp8 {
-            None => 1,
-            Some(_) => fp8::segment_tile(&chosen.device()),
-        };
+        let tile = self.tile(&chosen.device());
         Permutation::by_expert_padded(chosen, self.len(), tile)
+    }
+
+    /// As [`order`](Self::order), of pairs that the host knows and of which some are for experts elsewhere.
+    ///
+    /// # Shapes
+    /// - `chosen`: `[T * K]`, `k` for each token
+    pub fn order_of_known(&self, chosen: &[Option<usize>], k: usize) -> Permutation {
+        let device = self.gate_proj.val().device();
+        Permutation::of_known(chosen, k, self.len(), self.tile(&device), &device)
+    }
+
+    fn tile(&self, device: &Device) -> usize {
+        match self.arithmetic.fp8 {
+            None => 1,
+            Some(_) => fp8::segment_tile(device),
+        }
     }
 
     /// Applies every expert to the rows of its segment.

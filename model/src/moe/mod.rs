@@ -1,18 +1,19 @@
 //! DeepSeekMoE (report section 2.1.2): a router sends each token to a few of many small experts; shared experts see
 //! every token.
 
+mod dispatch;
 mod experts;
 mod router;
+
+use std::{ops::Range, sync::Arc};
 
 use burn::{
     module::Module,
     tensor::{Int, Tensor},
 };
-use deepburn_kernels::{
-    compact::{CompactFormat, NotCompact},
-    permute::{combine, permute},
-};
+use deepburn_kernels::compact::{CompactFormat, NotCompact};
 
+pub use dispatch::{Dispatch, Dispatched, LocalDispatcher, TokenDispatcher};
 pub use experts::Experts;
 pub use router::{Router, Routing};
 
@@ -32,6 +33,8 @@ pub struct Moe {
     /// Whether what comes in is computed again in the backward pass.
     #[module(skip)]
     recompute: Recompute,
+    #[module(skip)]
+    dispatcher: Arc<dyn TokenDispatcher>,
 }
 
 /// What a mixture-of-experts layer returns.
@@ -55,7 +58,17 @@ impl Moe {
             shared_experts: (shared > 0)
                 .then(|| Mlp::new(config.hidden_size, shared, init.child("shared_experts"))),
             recompute: Recompute::default(),
+            dispatcher: Arc::new(LocalDispatcher),
         }
+    }
+
+    /// This layer as one of several that share the routed experts: it keeps those in `own`, and `dispatcher` brings tokens
+    /// to the others.
+    #[must_use]
+    pub fn distributed(mut self, own: Range<usize>, dispatcher: Arc<dyn TokenDispatcher>) -> Self {
+        self.experts = self.experts.keep(own);
+        self.dispatcher = dispatcher;
+        self
     }
 
     /// Sets how products with the experts' weights are computed.
@@ -85,18 +98,17 @@ impl Moe {
         let rows = [batch * length, width];
         let tokens = self.recompute.of(x.clone(), |x| x.reshape(rows));
         let routing = self.gate.forward(tokens.clone());
-        let order = self.experts.order(routing.chosen.clone());
-        let outputs = self.experts.forward(permute(tokens, &order), &order);
-        let hidden =
-            combine(outputs, routing.weights.clone(), &order).reshape([batch, length, width]);
-        let hidden = match &self.shared_experts {
-            Some(shared) => hidden + shared.forward(x),
-            None => hidden,
-        };
+        let dispatch = self.dispatcher.dispatch(tokens, &routing);
+        let shared = self.shared_experts.as_ref().map(|shared| shared.forward(x));
+        let Dispatched { hidden, load } = dispatch.finish(&self.experts);
+        let hidden = hidden.reshape([batch, length, width]);
         MoeOutput {
-            hidden,
+            hidden: match shared {
+                Some(shared) => hidden + shared,
+                None => hidden,
+            },
             routing,
-            load: order.counts,
+            load,
         }
     }
 }

@@ -36,6 +36,12 @@ pub trait Communicator: Send {
     /// Ends all ranks of the world within seconds: what they wait for or ask for next fails, or they are killed.
     fn abort(&self, reason: &str);
 
+    /// Fails if a rank has given up: what to ask during long computations.
+    ///
+    /// # Errors
+    /// [`CommError::Aborted`], or the hang that a rank has met.
+    fn check(&self) -> Result<(), CommError>;
+
     /// What this rank has sent, over all groups split from the same world.
     fn traffic(&self) -> Traffic;
 

@@ -382,6 +382,10 @@ impl Communicator for Local {
         self.hub.changed.notify_all();
     }
 
+    fn check(&self) -> Result<(), CommError> {
+        self.hub.lock().failed.clone().map_or(Ok(()), Err)
+    }
+
     fn traffic(&self) -> Traffic {
         let traffic = self.traffic.lock();
         traffic.unwrap_or_else(PoisonError::into_inner).clone()

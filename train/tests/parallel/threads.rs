@@ -1,12 +1,11 @@
 //! Ranks as threads: what holds for every communicator, and how failures end.
 
-mod suite;
-
 use std::{
     thread,
     time::{Duration, Instant},
 };
 
+use crate::suite;
 use deepburn_train::parallel::{
     CommError, Communicator, Kind, LocalOptions, Reduction, Transfer, Values, local::run,
 };
