@@ -5,12 +5,11 @@ use std::{fs, path::PathBuf, process::ExitCode};
 use anyhow::{Context, ensure};
 use deepburn_infer::{
     benchmark::{Measurement, Workload, measure},
-    engine::Engine,
     speculation::Speculation,
 };
 use serde_json::{Value, json};
 
-use crate::{counting::Counting, device::DeviceSpec, generate::positive, model_dir, print_now};
+use crate::{counting::Counting, generate::positive, model_dir::ModelChoice, print_now};
 
 /// Measure how fast a model reads prompts and writes texts.
 ///
@@ -18,9 +17,8 @@ use crate::{counting::Counting, device::DeviceSpec, generate::positive, model_di
 /// some. Drafts depend on the text: --file makes the prompts of one.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of a Hugging Face checkpoint, or of a training run (its newest checkpoint)
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelChoice,
 
     /// Texts at once
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [1, 2, 4, 8], value_parser = positive)]
@@ -46,10 +44,6 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT")]
     file: Option<PathBuf>,
 
-    /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceSpec,
-
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -61,8 +55,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         args.new_tokens > 1,
         "--new-tokens: must be at least 2, the first comes from the prompt"
     );
-    let dir = model_dir::resolve(&args.model)?;
-    let engine = Engine::open(&dir, &args.device.open()?)?;
+    let engine = args.model.open()?;
     let text = match &args.file {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;

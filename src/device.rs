@@ -21,8 +21,8 @@ pub(crate) enum DeviceSpec {
     Cpu,
     /// A device that wgpu reaches: that of this number, or the one that wgpu prefers.
     Wgpu(Option<usize>),
-    /// The NVIDIA GPU of this number.
-    Cuda(usize),
+    /// The NVIDIA GPU of this number, or the first; of several processes, that of a process's number on its node.
+    Cuda(Option<usize>),
 }
 
 impl FromStr for DeviceSpec {
@@ -37,7 +37,7 @@ impl FromStr for DeviceSpec {
         match (kind, number) {
             ("cpu", None) => Ok(Self::Cpu),
             ("wgpu", number) => Ok(Self::Wgpu(number)),
-            ("cuda", number) => Ok(Self::Cuda(number.unwrap_or(0))),
+            ("cuda", number) => Ok(Self::Cuda(number)),
             _ => Err(unknown()),
         }
     }
@@ -48,13 +48,22 @@ impl fmt::Display for DeviceSpec {
         match self {
             Self::Cpu => f.write_str("cpu"),
             Self::Wgpu(None) => f.write_str("wgpu"),
+            Self::Cuda(None) => f.write_str("cuda"),
             Self::Wgpu(Some(number)) => write!(f, "wgpu:{number}"),
-            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            Self::Cuda(Some(number)) => write!(f, "cuda:{number}"),
         }
     }
 }
 
 impl DeviceSpec {
+    /// The device of one of several processes on a node.
+    pub(crate) fn of_rank(self, local: Option<usize>) -> Self {
+        match self {
+            Self::Cuda(None) => Self::Cuda(local),
+            other => other,
+        }
+    }
+
     /// Opens the device and computes something on it, which fixes its default number types.
     ///
     /// # Errors
@@ -72,7 +81,7 @@ impl DeviceSpec {
             }
             #[cfg(feature = "cuda")]
             Self::Cuda(number) => {
-                let found = gpu::select(self, burn::tensor::DeviceType::Cuda, number)?;
+                let found = gpu::select(self, burn::tensor::DeviceType::Cuda, number.unwrap_or(0))?;
                 gpu::tried(self, found)
             }
             #[allow(unreachable_patterns, reason = "reached in builds with fewer features")]
@@ -159,8 +168,8 @@ mod tests {
             ("cpu", DeviceSpec::Cpu, "cpu"),
             ("wgpu", DeviceSpec::Wgpu(None), "wgpu"),
             ("wgpu:0", DeviceSpec::Wgpu(Some(0)), "wgpu:0"),
-            ("cuda", DeviceSpec::Cuda(0), "cuda:0"),
-            ("cuda:3", DeviceSpec::Cuda(3), "cuda:3"),
+            ("cuda", DeviceSpec::Cuda(None), "cuda"),
+            ("cuda:3", DeviceSpec::Cuda(Some(3)), "cuda:3"),
         ] {
             assert_eq!(text.parse(), Ok(spec));
             assert_eq!(spec.to_string(), written);
@@ -183,7 +192,7 @@ mod tests {
         #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
         for (spec, message) in [
             (
-                DeviceSpec::Cuda(1),
+                DeviceSpec::Cuda(Some(1)),
                 "device cuda:1: this build has cpu; build with --features cuda for it",
             ),
             (
@@ -196,9 +205,22 @@ mod tests {
     }
 
     #[test]
+    fn processes_of_a_node_have_a_gpu_each() {
+        assert_eq!(
+            DeviceSpec::Cuda(None).of_rank(Some(3)).to_string(),
+            "cuda:3"
+        );
+        assert_eq!(
+            DeviceSpec::Cuda(Some(1)).of_rank(Some(3)).to_string(),
+            "cuda:1"
+        );
+        assert_eq!(DeviceSpec::Cpu.of_rank(Some(3)), DeviceSpec::Cpu);
+    }
+
+    #[test]
     fn devices_are_found_by_number_and_tried() {
         let select = |number| {
-            let spec = DeviceSpec::Cuda(number);
+            let spec = DeviceSpec::Cuda(Some(number));
             gpu::select(&spec, burn::tensor::DeviceType::Flex, number)
         };
         assert_eq!(select(0).unwrap(), Device::flex());

@@ -4,13 +4,12 @@ use std::{fs, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use deepburn_infer::{
-    engine::Engine,
     evaluation::{Evaluation, EvaluationOptions, evaluate},
     placement::{Placement, PlacementError, imbalance_in_order},
 };
 use serde_json::{Value, json};
 
-use crate::{counting::Counting, device::DeviceSpec, generate::positive, model_dir, print_now};
+use crate::{counting::Counting, generate::positive, model_dir::ModelChoice, print_now};
 
 /// Measure how well a model predicts a text.
 ///
@@ -18,9 +17,8 @@ use crate::{counting::Counting, device::DeviceSpec, generate::positive, model_di
 /// itself, with the true text before it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of a Hugging Face checkpoint, or of a training run (its newest checkpoint)
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelChoice,
 
     /// The text
     #[arg(long, value_name = "TEXT")]
@@ -43,10 +41,6 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", requires = "experts")]
     redundant: Option<usize>,
 
-    /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceSpec,
-
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -63,8 +57,7 @@ struct Layer {
 /// Runs the subcommand.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let text = fs::read_to_string(&args.file).with_context(|| args.file.display().to_string())?;
-    let dir = model_dir::resolve(&args.model)?;
-    let engine = Engine::open(&dir, &args.device.open()?)?;
+    let engine = args.model.open()?;
     let options = EvaluationOptions {
         context: args
             .context

@@ -6,14 +6,14 @@ use anyhow::Context;
 use clap::{CommandFactory, builder::NonEmptyStringValueParser, error::ErrorKind};
 use deepburn_infer::{
     batch::{self, BatchConfig, Request},
-    engine::{Engine, Finish, GenerateOptions, Summary},
+    engine::{Finish, GenerateOptions, Summary},
     penalties::Penalties,
     sampler::SamplerConfig,
     speculation::Speculation,
 };
 use deepburn_model::config::ModelConfig;
 
-use crate::{device::DeviceSpec, generate_many, model_dir, print_now};
+use crate::{generate_many, model_dir::ModelChoice, print_now};
 
 /// Continue a text, or many, with a model.
 ///
@@ -21,9 +21,8 @@ use crate::{device::DeviceSpec, generate_many, model_dir, print_now};
 /// The same model, prompt, options and seed give the same text.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of a Hugging Face checkpoint, or of a training run (its newest checkpoint)
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelChoice,
 
     #[command(flatten)]
     input: Input,
@@ -44,10 +43,6 @@ pub(crate) struct Args {
     /// while that is measured to be faster. What is drafted changes no greedy text and no distribution
     #[arg(long, value_name = "off|auto|K", default_value = "off")]
     speculate: SpeculationSpec,
-
-    /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceSpec,
 
     /// End after this many new tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
@@ -228,8 +223,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             .error(ErrorKind::ValueValidation, error)
             .exit();
     }
-    let dir = model_dir::resolve(&args.model)?;
-    let device = args.device.open()?;
     let prompt = match (&args.input.prompt, &args.input.file) {
         (Some(text), _) if text == "-" => {
             io::read_to_string(io::stdin()).context("cannot read the prompt from standard input")?
@@ -242,7 +235,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let prompts = args.input.batch.as_deref();
     let prompts = prompts.map(generate_many::read).transpose()?;
-    let engine = Engine::open(&dir, &device)?;
+    let engine = args.model.open()?;
     let mut config = BatchConfig {
         speculate: args.speculate.for_model(&engine.config)?,
         ..BatchConfig::default()

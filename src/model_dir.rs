@@ -1,8 +1,61 @@
-//! Where the weights of a model are: in a folder as Hugging Face lays it out, or in the folder of a training run.
+//! Which model a command uses: in a folder as Hugging Face lays it out, or in the folder of a training run.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
+use deepburn_infer::engine::Engine;
+use deepburn_kernels::compact::CompactFormat;
+
+use crate::device::DeviceSpec;
+
+/// A model, where it computes and how its weights are held.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ModelChoice {
+    /// Folder of a Hugging Face checkpoint, or of a training run (its newest checkpoint)
+    #[arg(long = "model", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+
+    /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceSpec,
+
+    /// How to hold the large matrices: f32, or rounded to bf16 or fp8 for a half or a quarter of the memory and faster
+    /// decoding; on the CPU
+    #[arg(
+        long,
+        value_name = "f32|bf16|fp8",
+        value_enum,
+        hide_possible_values = true,
+        default_value_t
+    )]
+    weights: HeldWeights,
+}
+
+/// The values of `--weights`.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum HeldWeights {
+    #[default]
+    F32,
+    Bf16,
+    Fp8,
+}
+
+impl ModelChoice {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// A folder, a device or weights that cannot be used.
+    pub(crate) fn open(&self) -> anyhow::Result<Engine> {
+        let dir = resolve(&self.dir)?;
+        let device = self.device.open()?;
+        let format = match self.weights {
+            HeldWeights::F32 => None,
+            HeldWeights::Bf16 => Some(CompactFormat::Bf16),
+            HeldWeights::Fp8 => Some(CompactFormat::Fp8),
+        };
+        Ok(Engine::open_held(&dir, &device, format)?)
+    }
+}
 
 /// The checkpoint that `dir` is, or the newest one of the training run that it is.
 ///

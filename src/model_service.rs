@@ -1,29 +1,20 @@
 //! What `chat` and `serve` share: a model, ready to answer many requests.
 
-use std::path::PathBuf;
-
 use deepburn_infer::{
     chat_template::{self, ChatTemplate},
-    engine::Engine,
     service::{Service, ServiceConfig},
 };
 
 use crate::{
-    device::DeviceSpec,
     generate::{SpeculationSpec, positive},
-    model_dir,
+    model_dir::{self, ModelChoice},
 };
 
 /// Where the model is and how it computes.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// Folder of a Hugging Face checkpoint, or of a training run (its newest checkpoint)
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
-
-    /// Where to compute: cpu, wgpu, wgpu:N, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceSpec,
+    #[command(flatten)]
+    pub(crate) model: ModelChoice,
 
     /// Draft tokens with the model's prediction modules: off, so many per step, or auto, as many as there are modules
     /// while that is measured to be faster
@@ -50,12 +41,11 @@ impl ModelArgs {
     /// # Errors
     /// A model that cannot be read or used.
     pub(crate) fn open(&self, config: ServiceConfig) -> anyhow::Result<Model> {
-        let dir = model_dir::resolve(&self.model)?;
-        let device = self.device.open()?;
+        let dir = model_dir::resolve(&self.model.dir)?;
         // Before the weights, which take longer.
         let template = ChatTemplate::read(&dir)?;
         let add_bos = chat_template::adds_bos_token(&dir)?;
-        let engine = Engine::open(&dir, &device)?;
+        let engine = self.model.open()?;
         let bos = engine.bos();
         let config = ServiceConfig {
             cached_tokens: self.cached_tokens,

@@ -89,7 +89,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let key = args.api_key.or_else(|| std::env::var(API_KEY).ok());
     let chat = model.template.is_some();
     let settings = Settings {
-        model: args.name.unwrap_or_else(|| name(&args.model.model)),
+        model: args.name.unwrap_or_else(|| name(&args.model.model.dir)),
         api_key: key
             .filter(|key| !key.is_empty())
             .map(|key| ApiKey::new(&key)),

@@ -4,16 +4,21 @@ use std::{
     io::IsTerminal,
     path::PathBuf,
     process::ExitCode,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use anyhow::Context;
 use burn::train::{Interrupter, renderer::MetricsRenderer};
 use deepburn_train::{
     config::TrainConfig,
-    data::{self, entropy},
+    data::{self, DataError, Prepared, entropy},
+    parallel::{Communicator, first_then_others},
     pipeline::schedule::Schedule,
-    run::{self, RunOptions, RunSummary},
+    run::{self, RunOptions, RunSummary, TrainError},
 };
 
 use crate::{INTERRUPTED, device::DeviceSpec, progress::Progress, ranks, step_lines::StepLines};
@@ -41,18 +46,63 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    ranks::alone()?;
     let config = TrainConfig::read(&args.config, &args.set)?;
-    let device = args.device.open()?;
-    let mut progress = Progress::new();
-    let prepared = data::prepare(&config.data, config.run.seed, &mut |event| {
+    let deadline = Duration::from_secs(config.parallel.deadline);
+    let Some(processes) = ranks::join(deadline)? else {
+        let mut progress = Progress::new();
+        let prepared = prepare(&config, &mut progress)?;
+        return lead(&args, &config, prepared, run::run);
+    };
+    let world = &processes.world;
+    let mut progress = (world.rank() == 0).then(Progress::new);
+    let result = first_then_others(world.as_ref(), || {
+        let prepared = match &mut progress {
+            Some(progress) => prepare(&config, progress),
+            None => data::prepare(&config.data, config.run.seed, &mut |_| {}),
+        };
+        prepared.map_err(TrainError::from)
+    });
+    let result = match result {
+        Ok(prepared) if world.rank() == 0 => {
+            lead(&args, &config, prepared, |config, data, options| {
+                run::run_as_rank(world.clone(), config, data, options)
+            })
+        }
+        Ok(prepared) => follow(&args, &config, prepared, world.clone()),
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Err(error) if world.rank() > 0 => {
+            let cause: Option<&TrainError> = error.downcast_ref();
+            if cause.is_none_or(|cause| !cause.is_heard() && !cause.is_seen_by_all()) {
+                eprintln!("error: rank {}: {error}", world.rank());
+            }
+            Ok(ExitCode::FAILURE)
+        }
+        result => result,
+    }
+}
+
+fn prepare(config: &TrainConfig, progress: &mut Progress) -> Result<Prepared, DataError> {
+    data::prepare(&config.data, config.run.seed, &mut |event| {
         progress.event(event)
-    })?;
-    let baseline = entropy::split_entropy(&prepared.valid)?;
-    describe(&config, baseline);
+    })
+}
+
+/// Trains in sight of the user.
+fn lead(
+    args: &Args,
+    config: &TrainConfig,
+    data: Prepared,
+    train: impl FnOnce(&TrainConfig, Prepared, RunOptions) -> Result<RunSummary, TrainError>,
+) -> anyhow::Result<ExitCode> {
+    let device = args.device.of_rank(ranks::local_rank()).open()?;
+    let baseline = entropy::split_entropy(&data.valid)?;
+    describe(config, baseline);
 
     let interrupter = Interrupter::new();
-    stop_on_ctrl_c(&interrupter)?;
+    let asked = "stopping after this step, with a checkpoint; once more to stop at once";
+    stop_on_ctrl_c(&interrupter, move || eprintln!("{asked}"))?;
     let lines = args.plain || !std::io::stdout().is_terminal();
     let renderer = lines.then(|| {
         let (steps, interval) = (config.run.steps, config.validation.interval);
@@ -64,13 +114,36 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         renderer,
         interrupter,
     };
-    let summary = run::run(&config, prepared, options)?;
-    finish(&config, &summary, baseline);
-    Ok(if summary.interrupted {
+    let summary = train(config, data, options)?;
+    finish(config, &summary, baseline);
+    Ok(exit_code(&summary))
+}
+
+/// Trains as a rank that shows nothing.
+fn follow(
+    args: &Args,
+    config: &TrainConfig,
+    data: Prepared,
+    world: Arc<dyn Communicator>,
+) -> anyhow::Result<ExitCode> {
+    let interrupter = Interrupter::new();
+    stop_on_ctrl_c(&interrupter, || ())?;
+    let options = RunOptions {
+        device: args.device.of_rank(ranks::local_rank()).open()?,
+        resume: args.resume,
+        renderer: None,
+        interrupter,
+    };
+    let summary = run::run_as_rank(world, config, data, options)?;
+    Ok(exit_code(&summary))
+}
+
+fn exit_code(summary: &RunSummary) -> ExitCode {
+    if summary.interrupted {
         ExitCode::from(INTERRUPTED)
     } else {
         ExitCode::SUCCESS
-    })
+    }
 }
 
 fn describe(config: &TrainConfig, baseline: entropy::Entropy) {
@@ -100,14 +173,17 @@ fn describe(config: &TrainConfig, baseline: entropy::Entropy) {
 }
 
 /// The first Ctrl-C asks for a checkpoint after the step under way, the second ends the process.
-fn stop_on_ctrl_c(interrupter: &Interrupter) -> anyhow::Result<()> {
+fn stop_on_ctrl_c(
+    interrupter: &Interrupter,
+    asked: impl Fn() + Send + 'static,
+) -> anyhow::Result<()> {
     static ASKED: AtomicBool = AtomicBool::new(false);
     let interrupter = interrupter.clone();
     ctrlc::set_handler(move || {
         if ASKED.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        eprintln!("stopping after this step, with a checkpoint; once more to stop at once");
+        asked();
         interrupter.stop(Some("Ctrl-C"));
     })
     .context("cannot listen for Ctrl-C")

@@ -9,6 +9,7 @@ use std::{
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use deepburn_infer::engine::{Engine, GenerateOptions};
+use deepburn_kernels::compact::CompactFormat;
 use deepburn_model::{
     attention::AttentionMask,
     checkpoint::{self, SaveOptions},
@@ -295,6 +296,41 @@ fn generate_reads_the_prompt_from_standard_input() {
     );
 }
 
+#[test]
+fn weights_are_held_as_asked_for() {
+    let dir = fixture("tiny-yarn");
+    let model = dir.to_str().unwrap();
+    for (weights, format) in [
+        ("f32", None),
+        ("bf16", Some(CompactFormat::Bf16)),
+        ("fp8", Some(CompactFormat::Fp8)),
+    ] {
+        let engine = Engine::open_held(&dir, &Device::flex(), format).unwrap();
+        let options = GenerateOptions {
+            max_new_tokens: 12,
+            ignore_eos: true,
+            ..GenerateOptions::default()
+        };
+        let expected = engine
+            .generate("pub fn ", &options, &mut |_| ControlFlow::Continue(()))
+            .unwrap();
+        let args = [
+            "generate",
+            "--model",
+            model,
+            "--weights",
+            weights,
+            "--prompt",
+            "pub fn ",
+            "--greedy",
+            "--ignore-eos",
+            "--max-new-tokens",
+            "12",
+        ];
+        assert_eq!(succeeds(&args), format!("{}\n", expected.text), "{weights}");
+    }
+}
+
 /// A checkpoint of random weights with a prediction module and a tokenizer.
 fn predicting() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -511,7 +547,8 @@ fn help_of_every_subcommand() {
         &["train     Train", "generate", "inspect", "130  interrupted"],
     );
     for command in [
-        "train", "generate", "eval", "bench", "inspect", "convert", "verify",
+        "train", "generate", "eval", "bench", "chat", "serve", "inspect", "convert", "verify",
+        "pipeline", "plan",
     ] {
         contains(
             &succeeds(&[command, "--help"]),

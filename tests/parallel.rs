@@ -2,89 +2,25 @@
 
 #[path = "support/quiet.rs"]
 mod quiet;
+#[path = "support/small_run.rs"]
+mod small_run;
 
 use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use burn::{tensor::Device, train::Interrupter};
-use deepburn_model::{checkpoint, config::ModelConfig, layer::FeedForward};
+use deepburn_model::{checkpoint, layer::FeedForward};
 use deepburn_train::{
     config::TrainConfig,
     data::prepare,
-    metrics::{self, Record},
-    report::StepReport,
     run::{RunOptions, RunSummary, TrainError, run},
 };
-use safetensors::SafeTensors;
+use small_run::{assert_close, assert_same_losses, config, latest, prepared, records, tensors};
 
 const SCHEDULES: [&str; 4] = ["1f1b", "zb1p", "dualpipe", "dualpipe-v"];
-
-/// A corpus, a model of eight layers and a configuration in `dir`.
-fn prepared(dir: &Path) {
-    let corpus = dir.join("corpus");
-    std::fs::create_dir(&corpus).unwrap();
-    for file in 0..40 {
-        let lines = (0..60).map(|line| {
-            let number = (file * 7919 + line * 104_729) % 9973;
-            format!(
-                "fn item_{}(x: u32) -> u32 {{ x * {number} + {line} }}\n",
-                number % 13
-            )
-        });
-        std::fs::write(corpus.join(format!("{file}.rs")), lines.collect::<String>()).unwrap();
-    }
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/tiny.json");
-    let shape = ModelConfig {
-        hidden_size: 32,
-        intermediate_size: 48,
-        moe_intermediate_size: 16,
-        num_hidden_layers: 8,
-        ..checkpoint::read_config(&tiny).unwrap()
-    };
-    let text = checkpoint::hf_config::render(&shape, checkpoint::StoredType::F32);
-    std::fs::write(dir.join("model.json"), text).unwrap();
-    let text = format!(
-        r#"
-        [run]
-        directory = "{dir}/run"
-        steps = 20
-        seed = 3
-        [model]
-        config = "model.json"
-        [data]
-        sources = [{{ path = "{dir}/corpus" }}]
-        tokenizer = {{ vocab_size = 300, max_train_bytes = 100000 }}
-        validation_fraction = 0.2
-        fim_rate = 0.1
-        document_mask = true
-        cache_dir = "{dir}/cache"
-        [batch]
-        sequences = 1
-        sequence_length = 16
-        accumulation = 8
-        [schedule]
-        peak = 1e-3
-        warmup_steps = 3
-        [validation]
-        interval = 10
-        windows = 4
-        [checkpoint]
-        interval = 10
-        "#,
-        dir = dir.display()
-    );
-    std::fs::write(dir.join("train.toml"), text).unwrap();
-}
-
-fn config(dir: &Path, name: &str, set: &[&str]) -> TrainConfig {
-    let mut set: Vec<String> = set.iter().map(|text| text.to_string()).collect();
-    set.push(format!("run.directory={}", dir.join(name).display()));
-    TrainConfig::read(&dir.join("train.toml"), &set).unwrap()
-}
 
 fn start(config: &TrainConfig, resume: bool) -> Result<RunSummary, TrainError> {
     let data = prepare(&config.data, config.run.seed, &mut |_| {}).unwrap();
@@ -95,86 +31,6 @@ fn start(config: &TrainConfig, resume: bool) -> Result<RunSummary, TrainError> {
         interrupter: Interrupter::new(),
     };
     run(config, data, options)
-}
-
-fn records(config: &TrainConfig) -> Vec<Record> {
-    let timeless = |report| StepReport {
-        tokens_per_second: None,
-        memory_bytes: None,
-        ..report
-    };
-    let records = metrics::read(&config.run.directory.join("metrics.jsonl")).unwrap();
-    let records = records.into_iter().map(|record| match record {
-        Record::Train(report) => Record::Train(timeless(report)),
-        Record::Validation(report) => Record::Validation(timeless(report)),
-    });
-    records.collect()
-}
-
-/// Losses to 1e-5; expert loads, which the violations are made of, exactly.
-fn assert_same_losses(found: &[Record], expected: &[Record]) {
-    assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().zip(expected) {
-        let ((Record::Train(found), Record::Train(expected))
-        | (Record::Validation(found), Record::Validation(expected))) = (found, expected)
-        else {
-            panic!("a step where a validation is expected")
-        };
-        let losses = |report: &StepReport| {
-            let mut losses = vec![report.loss, report.main, report.balance];
-            losses.extend(&report.mtp);
-            losses.extend(report.gradient_norm);
-            losses
-        };
-        for (a, b) in losses(found).into_iter().zip(losses(expected)) {
-            assert!(
-                (a - b).abs() <= 1e-5 * b.abs().max(1.0),
-                "step {}: {a}, expected {b}",
-                found.step
-            );
-        }
-        assert_eq!(found.max_violation, expected.max_violation);
-        assert_eq!(
-            (found.step, found.predicted_tokens, found.learning_rate),
-            (
-                expected.step,
-                expected.predicted_tokens,
-                expected.learning_rate
-            )
-        );
-    }
-}
-
-fn latest(config: &TrainConfig) -> PathBuf {
-    config.run.directory.join("checkpoints/latest")
-}
-
-/// Every stored tensor of a checkpoint, in one file or several.
-fn tensors(folder: &Path) -> BTreeMap<String, Vec<f32>> {
-    let files = std::fs::read_dir(folder).unwrap();
-    let files = files.map(|file| file.unwrap().path());
-    let files = files.filter(|path| path.extension().is_some_and(|e| e == "safetensors"));
-    let mut all = BTreeMap::new();
-    for path in files {
-        let bytes = std::fs::read(path).unwrap();
-        for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
-            let values = view.data().chunks_exact(4);
-            let values = values.map(|v| f32::from_le_bytes(v.try_into().unwrap()));
-            all.insert(name, values.collect());
-        }
-    }
-    all
-}
-
-fn assert_close(found: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f32>>) {
-    assert!(found.keys().eq(expected.keys()));
-    for (name, values) in expected {
-        let is_bias = name.ends_with(".e_score_correction_bias");
-        for (a, b) in found[name].iter().zip(values) {
-            let bound = if is_bias { 0.0 } else { 1e-5 };
-            assert!((a - b).abs() <= bound, "{name}: {a}, expected {b}");
-        }
-    }
 }
 
 #[test]
@@ -206,8 +62,9 @@ fn every_schedule_trains_as_one_device_does() {
     }
 }
 
+/// Experts, layers and micro-batches divided among ranks, one by one and together.
 #[test]
-fn replicas_share_the_micro_batches() {
+fn ranks_share_experts_and_micro_batches() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     prepared(dir);
@@ -215,12 +72,30 @@ fn replicas_share_the_micro_batches() {
     start(&alone, false).unwrap();
     for (name, set) in [
         ("replicas", &["parallel.data=2"][..]),
+        ("experts", &["parallel.expert=4"]),
         (
-            "both",
+            "layers-and-micro-batches",
             &[
                 "parallel.data=2",
                 "parallel.pipeline=2",
                 "parallel.schedule=dualpipe-v",
+            ],
+        ),
+        (
+            "layers-and-experts",
+            &[
+                "parallel.expert=2",
+                "parallel.pipeline=2",
+                "parallel.schedule=dualpipe-v",
+            ],
+        ),
+        (
+            "all",
+            &[
+                "parallel.data=2",
+                "parallel.expert=2",
+                "parallel.pipeline=2",
+                "parallel.schedule=dualpipe",
             ],
         ),
     ] {
@@ -237,8 +112,9 @@ fn runs_go_on_in_any_arrangement() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     prepared(dir);
-    let arrangements: [&[&str]; 4] = [
+    let arrangements: [&[&str]; 5] = [
         &[],
+        &["parallel.pipeline=2", "parallel.expert=2"],
         &["parallel.pipeline=2", "parallel.schedule=dualpipe"],
         &["parallel.pipeline=4", "parallel.schedule=1f1b"],
         &[
@@ -255,7 +131,7 @@ fn runs_go_on_in_any_arrangement() {
     let config = |dir: &Path, name: &str, set: &[&str]| config(dir, name, &[set, &steps].concat());
     let whole: Vec<_> = arrangements
         .iter()
-        .zip(["a", "b", "c", "d"])
+        .zip(["a", "b", "c", "d", "e"])
         .map(|(set, name)| {
             let config = config(dir, name, set);
             start(&config, false).unwrap();
@@ -309,8 +185,8 @@ fn what_does_not_fit_is_refused_by_name() {
         "[parallel] layers = [8]: there are 2 stages"
     );
     assert_eq!(
-        refused(&["parallel.expert=2"]),
-        "[parallel] expert = 2: must be 1, every rank has all experts of its layers"
+        refused(&["parallel.expert=16", "batch.accumulation=16"]),
+        "[parallel] expert = 16: must divide n_routed_experts 8"
     );
     let mut started = Command::new(env!("CARGO_BIN_EXE_deepburn"));
     let started = started.arg("train").arg(dir.join("train.toml"));

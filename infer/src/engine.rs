@@ -7,6 +7,7 @@ use std::{
 };
 
 use burn::tensor::{Device, ExecutionError};
+use deepburn_kernels::compact::CompactFormat;
 use deepburn_model::{
     checkpoint::{self, CheckpointError},
     config::ModelConfig,
@@ -281,12 +282,27 @@ impl Engine {
     /// # Errors
     /// Files that are missing, malformed or do not fit each other.
     pub fn open(dir: &Path, device: &Device) -> Result<Self, EngineError> {
+        Self::open_held(dir, device, None)
+    }
+
+    /// As [`open`](Self::open), with weights held in a compact format if one is given: see [`Transformer::hold`].
+    ///
+    /// # Errors
+    /// As there, and a format on another device than the CPU.
+    pub fn open_held(
+        dir: &Path,
+        device: &Device,
+        format: Option<CompactFormat>,
+    ) -> Result<Self, EngineError> {
         let config = checkpoint::read_config(dir)?;
         // Small files first: what is wrong with them shows before gigabytes are read.
         let tokenizer = read_tokenizer(dir, config.vocab_size)?;
         let special = SpecialTokens::read(dir, &config)?;
         let device = device.clone().without_autodiff();
-        let (config, model) = checkpoint::load(dir, &device)?;
+        let (config, model) = match format {
+            None => checkpoint::load(dir, &device)?,
+            Some(format) => checkpoint::load_held(dir, &device, format)?,
+        };
         Ok(Self {
             config,
             model,

@@ -1,5 +1,7 @@
 //! One transformer layer: attention and a feed-forward part, each normed before and added to the residual stream.
 
+use std::{ops::Range, sync::Arc};
+
 use burn::{module::Module, tensor::Tensor};
 use deepburn_kernels::{
     compact::{CompactFormat, NotCompact},
@@ -11,7 +13,7 @@ use crate::{
     config::ModelConfig,
     init::Initializer,
     mlp::Mlp,
-    moe::{Moe, MoeOutput},
+    moe::{Moe, MoeOutput, TokenDispatcher},
     norm::RmsNorm,
     projection::Arithmetic,
     recompute::Recompute,
@@ -99,6 +101,15 @@ impl DecoderLayer {
             FeedForward::Dense(mlp) => mlp.hold(format),
             FeedForward::Moe(moe) => moe.hold(format),
         }
+    }
+
+    /// This layer as one of several that share its routed experts, if it has any: see [`Moe::distributed`].
+    #[must_use]
+    pub fn with_experts(mut self, own: Range<usize>, dispatcher: Arc<dyn TokenDispatcher>) -> Self {
+        if let FeedForward::Moe(moe) = self.mlp {
+            self.mlp = FeedForward::Moe(moe.distributed(own, dispatcher));
+        }
+        self
     }
 
     /// Applies the layer to whole sequences.

@@ -2,6 +2,9 @@
 
 use std::{fs::File, io, path::Path};
 
+/// Linux maps so much around what is read.
+const MAPPED_AROUND: usize = 64 << 10;
+
 /// A whole file mapped into memory for reading.
 ///
 /// Files under the name of a checkpoint or shard are never rewritten in place by Deepburn: new contents come
@@ -30,7 +33,7 @@ impl MappedFile {
     }
 
     /// Gives the memory of a part of the contents back, which will be read from the file again if it is needed again.
-    /// Does nothing if `part` is no part of them.
+    /// Does nothing if `part` is no part of them. So is what the system has mapped with it on both sides.
     pub fn release(&self, part: &[u8]) {
         let contents = self.bytes().as_ptr_range();
         let (bounds, map) = (part.as_ptr_range(), self.map.as_ref());
@@ -39,10 +42,12 @@ impl MappedFile {
             && bounds.end <= contents.end
         {
             let offset = bounds.start.addr() - contents.start.addr();
+            let end = (offset + part.len() + MAPPED_AROUND).min(map.len());
+            let offset = offset.saturating_sub(MAPPED_AROUND);
             let advice = memmap2::UncheckedAdvice::DontNeed;
             #[allow(unsafe_code, reason = "the advice loses what was written to a mapping")]
             // SAFETY: nothing is written to this mapping, so that pages come back with the same contents.
-            let released = unsafe { map.unchecked_advise_range(advice, offset, part.len()) };
+            let released = unsafe { map.unchecked_advise_range(advice, offset, end - offset) };
             // Advice that is not taken costs memory and nothing else.
             let _ = released;
         }

@@ -130,14 +130,9 @@ impl Transformer {
         own: &Range<usize>,
         mut dispatcher: impl FnMut() -> Arc<dyn TokenDispatcher>,
     ) -> Self {
-        let mut layer = |mut layer: DecoderLayer| {
-            layer.mlp = match layer.mlp {
-                FeedForward::Moe(moe) => {
-                    FeedForward::Moe(moe.distributed(own.clone(), dispatcher()))
-                }
-                dense => dense,
-            };
-            layer
+        let mut layer = |layer: DecoderLayer| match &layer.mlp {
+            FeedForward::Moe(_) => layer.with_experts(own.clone(), dispatcher()),
+            FeedForward::Dense(_) => layer,
         };
         self.layers = self.layers.into_iter().map(&mut layer).collect();
         let further = self.mtp.into_iter().map(|mut module| {

@@ -88,7 +88,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!(
             "{}: the model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): \
              deepburn generate continues texts with it",
-            args.model.model.display()
+            args.model.model.dir.display()
         );
     };
     let interrupts = Interrupts::listen()?;

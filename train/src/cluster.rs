@@ -7,7 +7,12 @@ use std::{
     time::Duration,
 };
 
-use burn::{data::dataloader::DataLoader, module::Module, tensor::Device, train::Interrupter};
+use burn::{
+    data::dataloader::DataLoader,
+    module::Module,
+    tensor::Device,
+    train::{Interrupter, Learner},
+};
 use deepburn_model::{
     checkpoint::{self, hf_config},
     config::ModelConfig,
@@ -20,7 +25,9 @@ use crate::{
     config::TrainConfig,
     data::Prepared,
     learner::Exchange,
-    parallel::{CommError, Communicator, Local, LocalOptions, local},
+    parallel::{
+        Communicator, ExpertDispatch, ExpertPlacement, Group, Local, LocalOptions, Wire, local,
+    },
     pipeline::{
         layout::{Layout, Piece},
         schedule::Schedule,
@@ -33,37 +40,66 @@ use crate::{
 };
 
 /// What every rank is given.
-#[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
-    pub(crate) config: &'a TrainConfig,
-    pub(crate) shape: &'a ModelConfig,
-    pub(crate) data: &'a Prepared,
-    pub(crate) device: &'a Device,
-    pub(crate) resume: bool,
+    config: &'a TrainConfig,
+    shape: &'a ModelConfig,
+    data: &'a Prepared,
+    device: Device,
+    resume: bool,
+    interrupter: Interrupter,
 }
 
-/// Trains with the ranks as threads of this process, of which this one is the first.
-pub(crate) fn on_threads(job: Job<'_>, options: RunOptions) -> Result<RunSummary, TrainError> {
-    let local = LocalOptions {
-        deadline: Duration::from_secs(job.config.parallel.deadline),
-        link: None,
-    };
-    let nodes = vec![0; job.config.parallel.mesh().ranks()];
-    together(local::world(&nodes, local), job, options)
+impl<'a> Job<'a> {
+    /// A job with what is checked.
+    pub(crate) fn of(
+        config: &'a TrainConfig,
+        shape: &'a ModelConfig,
+        data: &'a Prepared,
+        options: &RunOptions,
+    ) -> Self {
+        Self {
+            config,
+            shape,
+            data,
+            device: options.device.clone(),
+            resume: options.resume,
+            interrupter: options.interrupter.clone(),
+        }
+    }
+
+    /// Trains with the ranks as threads of this process, of which this one is the first.
+    pub(crate) fn on_threads(&self, options: RunOptions) -> Result<RunSummary, TrainError> {
+        let local = LocalOptions {
+            deadline: Duration::from_secs(self.config.parallel.deadline),
+            link: None,
+        };
+        let nodes = vec![0; self.config.parallel.mesh().ranks()];
+        together(local::world(&nodes, local), self, options)
+    }
+
+    /// Trains as the rank of `world` that this process is. The first one shows and logs what happens.
+    pub(crate) fn as_rank(
+        &self,
+        world: Arc<dyn Communicator>,
+        options: RunOptions,
+    ) -> Result<RunSummary, TrainError> {
+        let leads = world.rank() == 0;
+        take_part(world, self, leads.then_some(options))
+    }
 }
 
 fn together(
     world: Vec<Local>,
-    job: Job<'_>,
+    job: &Job<'_>,
     options: RunOptions,
 ) -> Result<RunSummary, TrainError> {
     let mut ranks = world.into_iter();
     let first = ranks.next().expect("a mesh has a rank");
     thread::scope(|scope| {
         let others: Vec<_> = ranks
-            .map(|rank| scope.spawn(move || take_part(Box::new(rank), job, None)))
+            .map(|rank| scope.spawn(move || take_part(Arc::new(rank), job, None)))
             .collect();
-        let mut results = vec![take_part(Box::new(first), job, Some(options))];
+        let mut results = vec![take_part(Arc::new(first), job, Some(options))];
         results.extend(others.into_iter().enumerate().map(|(number, other)| {
             other.join().unwrap_or_else(|panic| {
                 let said = panic.downcast_ref::<&str>().map(ToString::to_string);
@@ -74,7 +110,9 @@ fn together(
                 })
             })
         }));
-        let cause = results.iter().position(is_cause).unwrap_or(0);
+        let met =
+            |result: &Result<_, TrainError>| matches!(result, Err(error) if !error.is_heard());
+        let cause = results.iter().position(met).unwrap_or(0);
         match results.swap_remove(cause) {
             Err(error) if cause > 0 && !matches!(error, TrainError::Rank { .. }) => {
                 Err(TrainError::Rank {
@@ -87,40 +125,24 @@ fn together(
     })
 }
 
-/// Whether a rank has met an error itself, which says more than what the others have heard of it.
-fn is_cause(result: &Result<RunSummary, TrainError>) -> bool {
-    use CommError::{Aborted, Gone};
-    match result {
-        Ok(_) | Err(TrainError::Communication(Aborted { .. } | Gone { .. })) => false,
-        Err(_) => true,
-    }
-}
-
 /// What one rank does. The first one is given the `options` and shows and logs what happens.
-pub(crate) fn take_part(
-    world: Box<dyn Communicator>,
-    job: Job<'_>,
+fn take_part(
+    world: Arc<dyn Communicator>,
+    job: &Job<'_>,
     options: Option<RunOptions>,
 ) -> Result<RunSummary, TrainError> {
-    let entered = enter(world.as_ref(), job);
-    let (beginning, arrangement) = match entered {
-        Ok(entered) => entered,
-        Err(error) => {
-            world.abort(&error.to_string());
-            return Err(error);
-        }
-    };
-    let whole = Transformer::new(job.shape, job.config.run.seed, job.device);
-    let rank = Rank::new(world, arrangement, Registry::of(&whole))?;
-    let result = train(&rank, whole, job, beginning, options);
+    let result = enter(world.as_ref(), job).and_then(|(beginning, arrangement)| {
+        let (rank, learner) = set_up(world.clone(), arrangement, job, &beginning)?;
+        train(&rank, learner, job, beginning, options)
+    });
     if let Err(error) = &result {
-        rank.voices().world.abort(&error.to_string());
+        world.abort(&error.to_string());
     }
     result
 }
 
 /// Makes sure that all ranks have the same before them.
-fn enter(world: &dyn Communicator, job: Job<'_>) -> Result<(Beginning, Arrangement), TrainError> {
+fn enter(world: &dyn Communicator, job: &Job<'_>) -> Result<(Beginning, Arrangement), TrainError> {
     let arrangement = arrange(job)?;
     let beginning = Beginning::find(job.config, job.data, job.resume)?;
     let mesh = arrangement.mesh.checked(world.size());
@@ -133,15 +155,8 @@ fn enter(world: &dyn Communicator, job: Job<'_>) -> Result<(Beginning, Arrangeme
 ///
 /// # Errors
 /// A schedule or a cut that the model cannot be trained by.
-fn arrange(job: Job<'_>) -> Result<Arrangement, TrainError> {
+fn arrange(job: &Job<'_>) -> Result<Arrangement, TrainError> {
     let parallel = &job.config.parallel;
-    if parallel.expert > 1 {
-        let what = format!(
-            "expert = {}: must be 1, every rank has all experts of its layers",
-            parallel.expert
-        );
-        return Err(TrainError::Ranks(what));
-    }
     let refused =
         |refused: crate::pipeline::schedule::Refused| TrainError::Ranks(refused.to_string());
     let schedule = Schedule::from(parallel.schedule);
@@ -151,6 +166,10 @@ fn arrange(job: Job<'_>) -> Result<Arrangement, TrainError> {
     timeline
         .validate()
         .map_err(|violation| TrainError::Ranks(violation.to_string()))?;
+    // On several nodes, whose they are decides too.
+    let one_node = vec![0; parallel.expert];
+    ExpertPlacement::new(job.shape.n_routed_experts, job.shape.n_group, &one_node)
+        .map_err(|refused| TrainError::Ranks(refused.to_string()))?;
     let layers = parallel.layers.as_deref();
     let layout = Layout::new(timeline.placement, job.shape, layers).map_err(refused)?;
     Ok(Arrangement {
@@ -165,7 +184,7 @@ fn arrange(job: Job<'_>) -> Result<Arrangement, TrainError> {
 }
 
 /// What has to be the same on all ranks, by name.
-fn facts(job: Job<'_>, beginning: &Beginning) -> BTreeMap<String, String> {
+fn facts(job: &Job<'_>, beginning: &Beginning) -> BTreeMap<String, String> {
     let mut facts = BTreeMap::from([
         (
             "the version of deepburn".to_owned(),
@@ -221,34 +240,74 @@ fn agree(world: &dyn Communicator, facts: &BTreeMap<String, String>) -> Result<(
     Ok(())
 }
 
+/// A rank's part of the model, at the start or as it was saved, and what trains it.
+fn set_up(
+    world: Arc<dyn Communicator>,
+    arrangement: Arrangement,
+    job: &Job<'_>,
+    beginning: &Beginning,
+) -> Result<(Rank, Learner<RankTrainee>), TrainError> {
+    let Job {
+        config,
+        shape,
+        device,
+        ..
+    } = job;
+    let layout = arrangement.layout.clone();
+    let place = arrangement.mesh.place(world.rank()).pipeline;
+    let holds = |path: &str| layout.holds(place, Piece::of(path));
+    let whole = match beginning.checkpoint() {
+        None => Transformer::new(shape, config.run.seed, device),
+        Some(path) => {
+            let (saved, model) = checkpoint::load_parts(path, device, &holds)?;
+            beginning.check_shape(&saved, shape)?;
+            model
+        }
+    };
+    let registry = Registry::of(&whole);
+    let mut part = Part::cut(whole.with_arithmetic(config.arithmetic()), &layout, place);
+    let dispatch = expert_dispatch(world.as_ref(), &arrangement, config.precision.wire())?;
+    if let Some(dispatch) = &dispatch {
+        part = part.with_experts(&dispatch.own(), &Arc::new(dispatch.clone()));
+    }
+    let part = part.train();
+    let rank = Rank::new(world, arrangement, (&part, registry), dispatch)?;
+    let record = beginning.checkpoint().map(|path| {
+        let name = |id: u64| rank.updates(id.into()).map(str::to_owned);
+        shards::read_moments(path, &name, rank.experts())
+    });
+    let done = beginning.done();
+    let exchange = Exchange::new(run::settings(config, done));
+    let trainee = RankTrainee::new(part, rank.clone(), exchange);
+    let learner = run::learner(trainee, config, done, record.transpose()?);
+    Ok((rank, learner))
+}
+
+/// What brings tokens to the experts of a layer where these are divided among ranks.
+fn expert_dispatch(
+    world: &dyn Communicator,
+    arrangement: &Arrangement,
+    wire: Wire,
+) -> Result<Option<ExpertDispatch>, TrainError> {
+    let Arrangement { mesh, shape, .. } = arrangement;
+    if mesh.expert == 1 {
+        return Ok(None);
+    }
+    let ranks = mesh.split(world, Group::Expert)?;
+    let placement = ExpertPlacement::new(shape.n_routed_experts, shape.n_group, ranks.nodes());
+    let placement = placement.map_err(|refused| TrainError::Ranks(refused.to_string()))?;
+    Ok(Some(ExpertDispatch::new(ranks.as_ref(), placement, wire)?))
+}
+
 fn train(
     rank: &Rank,
-    whole: Transformer,
-    job: Job<'_>,
+    mut learner: Learner<RankTrainee>,
+    job: &Job<'_>,
     beginning: Beginning,
     options: Option<RunOptions>,
 ) -> Result<RunSummary, TrainError> {
-    let Job { config, device, .. } = job;
-    let (layout, place) = (&rank.arrangement().layout, rank.place());
-    let holds = |path: &str| layout.holds(place, Piece::of(path));
-    let (model, record) = match beginning.checkpoint() {
-        None => (whole, None),
-        Some(path) => {
-            let (saved, model) = checkpoint::load_parts(path, device, &holds)?;
-            beginning.check_shape(&saved, job.shape)?;
-            let wanted = |id: u64| rank.registry().path(id.into()).is_some_and(holds);
-            (
-                model,
-                Some(shards::read_moments(path, &wanted, Some(rank.experts()))?),
-            )
-        }
-    };
-    let model = model.with_arithmetic(config.arithmetic());
-    let part = Part::cut(model, layout, place);
+    let (config, device) = (job.config, &job.device);
     let done = beginning.done();
-    let exchange = Exchange::new(run::settings(config, done));
-    let trainee = RankTrainee::new(part, rank.clone(), exchange).train();
-    let learner = run::learner(trainee, config, done, record);
     let (train, valid) = run::loaders(config, job.data, done)?;
     let mesh = rank.arrangement().mesh;
     let train = train.grouped(
@@ -269,11 +328,10 @@ fn train(
     if let Some(options) = options {
         return run::lead(plan, learner, (train, valid), options);
     }
-    let mut learner = learner;
     learner.fork(&device.clone().autodiff());
     let mut steps = Run {
         plan: &plan,
-        interrupter: Interrupter::new(),
+        interrupter: job.interrupter.clone(),
         events: None,
         learner,
         valid: Arc::new(valid),

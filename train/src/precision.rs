@@ -5,6 +5,8 @@ use deepburn_kernels::fp8::{ScaleFormat, ablation::Ablation};
 use deepburn_model::projection::Arithmetic;
 use serde::{Deserialize, Serialize};
 
+use crate::parallel::Wire;
+
 /// The precision of a training run.
 ///
 /// | | `fp32` | `bf16` | `fp8` |
@@ -16,6 +18,7 @@ use serde::{Deserialize, Serialize};
 /// | activations between layers' parts, and their gradients | FP32 | BF16 | BF16 |
 /// | inputs of the routed experts' SwiGLU, kept for the backward pass | FP32 | BF16 | FP8, its output computed again |
 /// | embedding, output head, projection of MTP | FP32 | BF16 | BF16 |
+/// | tokens on their way to experts on other ranks, and their gradients | FP32 | BF16 | FP8, scales powers of two; back BF16 |
 /// | router, norms, softmax, attention's sums, loss | FP32 | FP32 | FP32 |
 /// | weights that are updated and saved | FP32 | FP32 | FP32 |
 /// | weights' gradients | FP32 | FP32 | FP32 |
@@ -49,6 +52,15 @@ impl Precision {
                 bf16: true,
                 ..Arithmetic::fp8(ScaleFormat::Float32)
             },
+        }
+    }
+
+    /// In what tokens travel to experts on other ranks, and back.
+    pub fn wire(self) -> Wire {
+        match self {
+            Self::Fp32 => Wire::F32,
+            Self::Bf16 => Wire::BF16,
+            Self::Fp8 => Wire::FP8,
         }
     }
 

@@ -19,18 +19,19 @@ use deepburn_kernels::fp8::ablation;
 use deepburn_model::{
     checkpoint::{self, CheckpointError},
     config::{ConfigError as ShapeError, ModelConfig},
+    parameters::Registry,
     transformer::Transformer,
 };
 
 use crate::{
     average::Average,
-    cluster::{self, Job},
+    cluster::Job,
     config::TrainConfig,
     data::{DataError, PackedDataset, Prepared},
     learner::{Exchange, StepSettings, Trainee},
     loader::WindowLoader,
     optimizer::{ReportSchedule, adamw},
-    parallel::CommError,
+    parallel::{CommError, Communicator, DataParallelError},
     report::{Measure, StepReport},
     shards,
     state::{self, Checkpoints, History, RunState, StateError},
@@ -136,6 +137,9 @@ pub enum TrainError {
         /// The parts of the configuration, or what else it is.
         what: String,
     },
+    /// Ranks that hold other parameters than they have to.
+    #[error(transparent)]
+    Parameters(DataParallelError),
     /// `[parallel]` does not fit the model or the number of ranks.
     #[error("[parallel] {0}")]
     Ranks(String),
@@ -145,6 +149,28 @@ pub enum TrainError {
         /// The step.
         step: u64,
     },
+}
+
+impl TrainError {
+    /// Whether it is what another rank has met.
+    pub fn is_heard(&self) -> bool {
+        use CommError::{Aborted, Gone};
+        matches!(self, Self::Communication(Aborted { .. } | Gone { .. }))
+    }
+
+    /// Whether all ranks see it.
+    pub fn is_seen_by_all(&self) -> bool {
+        matches!(self, Self::Differs { .. } | Self::Ranks(_))
+    }
+}
+
+impl From<DataParallelError> for TrainError {
+    fn from(error: DataParallelError) -> Self {
+        match error {
+            DataParallelError::Communication(error) => error.into(),
+            other => Self::Parameters(other),
+        }
+    }
 }
 
 /// What a run is given besides its configuration.
@@ -181,21 +207,9 @@ pub fn run(
     data: Prepared,
     options: RunOptions,
 ) -> Result<RunSummary, TrainError> {
-    let shape = shape_for(config, &data)?;
-    if config.ablation.fp8.is_some() && !ablation::is_supported(&options.device) {
-        let device = format!("{:?}", options.device);
-        return Err(TrainError::AblationDevice { device });
-    }
+    let shape = checked_shape(config, &data, &options.device)?;
     if config.parallel.mesh().ranks() > 1 {
-        let device = options.device.clone();
-        let job = Job {
-            config,
-            shape: &shape,
-            data: &data,
-            device: &device,
-            resume: options.resume,
-        };
-        return cluster::on_threads(job, options);
+        return Job::of(config, &shape, &data, &options).on_threads(options);
     }
     let beginning = Beginning::find(config, &data, options.resume)?;
     let (model, record) = match beginning.checkpoint() {
@@ -206,7 +220,10 @@ pub fn run(
         Some(path) => {
             let (saved, model) = checkpoint::load(path, &options.device)?;
             beginning.check_shape(&saved, &shape)?;
-            (model, Some(shards::read_moments(path, &|_| true, None)?))
+            let registry = Registry::of(&model);
+            let name = |id: u64| registry.path(id.into()).map(str::to_owned);
+            let record = shards::read_moments(path, &name, 0..shape.n_routed_experts)?;
+            (model, Some(record))
         }
     };
     let average = match (config.ema, beginning.checkpoint()) {
@@ -233,6 +250,32 @@ pub fn run(
         outcome: outcome(done),
     };
     lead(plan, learner, loaders, options)
+}
+
+/// Trains as the rank of `world` that this process is. The first one shows and logs what happens.
+///
+/// # Errors
+/// As [`run`]; on all ranks, if on one. Ranks that were not started in the same way.
+pub fn run_as_rank(
+    world: Arc<dyn Communicator>,
+    config: &TrainConfig,
+    data: Prepared,
+    options: RunOptions,
+) -> Result<RunSummary, TrainError> {
+    let shape = checked_shape(config, &data, &options.device)?;
+    Job::of(config, &shape, &data, &options).as_rank(world, options)
+}
+
+fn checked_shape(
+    config: &TrainConfig,
+    data: &Prepared,
+    device: &Device,
+) -> Result<ModelConfig, TrainError> {
+    if config.ablation.fp8.is_some() && !ablation::is_supported(device) {
+        let device = format!("{device:?}");
+        return Err(TrainError::AblationDevice { device });
+    }
+    shape_for(config, data)
 }
 
 /// Where a run begins.

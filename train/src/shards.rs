@@ -23,7 +23,8 @@ use deepburn_model::checkpoint::{self, Shard, write_file};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    pipeline::{copies::is_routed_expert, stage::Part, trainee::Rank},
+    parallel::data_parallel::is_routed_expert,
+    pipeline::{stage::Part, trainee::Rank},
     run::TrainError,
     state::{Checkpoints, Contents, OPTIMIZER, StateError, io_error, write_run},
 };
@@ -52,7 +53,7 @@ pub(crate) fn write(
     let world = voices.world.as_ref();
     let answers = |id: u64| {
         let path = rank.registry().path(id.into())?;
-        voices.copies.answers_for(path).then(|| path.to_owned())
+        voices.copies.owns(id.into()).then(|| path.to_owned())
     };
     let share = |staging: &Path| -> Result<usize, TrainError> {
         let held = rank
@@ -140,7 +141,7 @@ struct Mine<'a> {
     /// Its experts of every layer.
     own: Range<usize>,
     /// The names of the parameters that it answers for.
-    answers: &'a dyn Fn(u64) -> Option<String>,
+    answers: &'a Names<'a>,
 }
 
 /// This rank's files, written to the disk.
@@ -170,7 +171,7 @@ fn write_share(
     let mut pack = Pack::default();
     let bytes = record.into_bytes().map_err(wrong)?;
     let reader = Reader::from_bytes(bytes).map_err(|error| wrong(error.into()))?;
-    pack.add(reader, &|id| answers(id).is_some())
+    pack.add(reader, answers)
         .map_err(|error| wrong(error.into()))?;
     let named = std::mem::take(&mut pack.names).into_keys();
     for id in named {
@@ -205,15 +206,15 @@ fn write_manifest(staging: &Path, count: usize) -> Result<(), StateError> {
     Ok(write_file(&staging.join(MANIFEST), &text)?)
 }
 
-/// The moments in a checkpoint of any number of writers, of the parameters whose identity is `wanted`; of routed experts
-/// those in `own`, if not of all.
+/// The moments in a checkpoint of any number of writers, of the parameters that `wanted` knows the names of by their
+/// identity; of routed experts those in `own`.
 ///
 /// # Errors
 /// Files that are missing, malformed or not of the length that the manifest says.
 pub(crate) fn read_moments(
     checkpoint: &Path,
-    wanted: &dyn Fn(u64) -> bool,
-    own: Option<Range<usize>>,
+    wanted: &Names<'_>,
+    own: Range<usize>,
 ) -> Result<OptimizerRecord, StateError> {
     let mut pack = Pack::default();
     for path in moments_of(checkpoint)? {
@@ -259,6 +260,9 @@ fn moments_of(checkpoint: &Path) -> Result<Vec<PathBuf>, StateError> {
     Ok(moments.map(|name| checkpoint.join(name)).collect())
 }
 
+/// Names of parameters by their identity, of those that are asked for.
+type Names<'a> = dyn Fn(u64) -> Option<String> + 'a;
+
 /// In a file's metadata: the first expert of a stacked parameter.
 const FIRST: &str = ".first";
 
@@ -275,24 +279,19 @@ struct Pack {
 
 impl Pack {
     /// Adds what a file has of the `wanted` parameters.
-    fn add(
-        &mut self,
-        reader: Reader,
-        wanted: &dyn Fn(u64) -> bool,
-    ) -> Result<(), burn_pack::Error> {
+    fn add(&mut self, reader: Reader, wanted: &Names<'_>) -> Result<(), burn_pack::Error> {
         let is_wanted = |key: &str| {
             let id = key.split('.').next().and_then(|id| id.parse().ok());
-            id.is_some_and(wanted)
+            id.and_then(wanted).is_some()
         };
         let scalars = reader.scalars().iter().filter(|(key, _)| is_wanted(key));
         self.scalars
             .extend(scalars.map(|(key, scalar)| (key.clone(), *scalar)));
         let names = reader.metadata().clone();
         for tensor in reader.into_tensors()? {
-            let id = tensor.param_id.filter(|&id| wanted(id));
-            let Some(id) = id else { continue };
-            let is_expert = |path: &String| is_routed_expert(path);
-            if names.get(&id.to_string()).is_some_and(is_expert) {
+            let Some(id) = tensor.param_id else { continue };
+            let Some(path) = wanted(id) else { continue };
+            if is_routed_expert(&path) {
                 let first = names.get(&format!("{id}{FIRST}"));
                 let first = first.and_then(|first| first.parse().ok()).unwrap_or(0);
                 self.experts.insert((tensor.name.clone(), first), tensor);
@@ -306,7 +305,7 @@ impl Pack {
     }
 
     /// Puts the experts of several files together, and keeps those in `own`.
-    fn join(mut self, own: Option<Range<usize>>) -> Result<Self, burn_pack::Error> {
+    fn join(mut self, own: Range<usize>) -> Result<Self, burn_pack::Error> {
         let mut stacks: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
         for ((name, _), tensor) in std::mem::take(&mut self.experts) {
             stacks.entry(name).or_default().push(tensor);
@@ -320,7 +319,6 @@ impl Pack {
                 bytes.extend_from_slice(&part.into_bytes()?);
             }
             let each = bytes.len() / experts.max(1);
-            let own = own.clone().unwrap_or(0..experts);
             let own = own.start.min(experts)..own.end.min(experts);
             shape[0] = own.len();
             let kept = bytes[own.start * each..own.end * each].to_vec();

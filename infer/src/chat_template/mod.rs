@@ -5,6 +5,7 @@
 //! lists and maps.
 
 mod json;
+mod methods;
 
 use std::{
     fmt::Write as _,
@@ -141,8 +142,7 @@ impl ChatTemplate {
                 .build()?,
         );
         environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(methods::call);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", json::dumps);

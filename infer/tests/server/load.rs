@@ -107,7 +107,7 @@ fn an_answer_that_takes_too_long_ends_as_an_error() {
 #[test]
 fn an_end_lets_answers_be_finished() {
     let server = start(Start::default());
-    let body = with(&long(), json!({ "max_tokens": 400 })).to_string();
+    let body = with(&long(), json!({ "max_tokens": 2000 })).to_string();
     let mut running = server.open("POST", "/v1/completions", &[JSON], &body);
     let mut idle = BufReader::new(server.connect());
     server.wait_for("running", |now| now.running == 1);

@@ -85,16 +85,8 @@ fn attempt(
 ) -> Result<Result<RunSummary, TrainError>, ()> {
     let data = prepare(&config.data, config.run.seed, &mut |_| {}).unwrap();
     let shape = run::shape_for(config, &data).unwrap();
-    let device = Device::flex();
-    let job = Job {
-        config,
-        shape: &shape,
-        data: &data,
-        device: &device,
-        resume,
-    };
     let options = RunOptions {
-        device: device.clone(),
+        device: Device::flex(),
         resume,
         renderer: Some(Box::new(quiet::Quiet) as Box<dyn MetricsRenderer>),
         interrupter: Interrupter::new(),
@@ -104,7 +96,8 @@ fn attempt(
         ..LocalOptions::default()
     };
     let world = local::world(&[0, 1], local);
-    let run = AssertUnwindSafe(|| together(world, job, options));
+    let job = Job::of(config, &shape, &data, &options);
+    let run = AssertUnwindSafe(|| together(world, &job, options));
     catch_unwind(run).map_err(|_| ())
 }
 

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fmt, ops::Range, time::Duration};
 /// A group of ranks, seen from one of them.
 ///
 /// Ranks in arguments count within the group; ranks in errors are those of the world.
-pub trait Communicator: Send {
+pub trait Communicator: Send + Sync {
     /// This rank.
     fn rank(&self) -> usize;
 

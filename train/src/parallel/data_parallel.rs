@@ -23,12 +23,13 @@ use burn::{
     optim::GradientsParams,
     tensor::{Tensor, TensorData},
 };
-use deepburn_model::parameters::ModulePath;
+use deepburn_model::parameters::Registry;
 
 use super::{
     communicator::{CommError, Communicator, Reduction, Values},
     lane::{Lane, Pending},
 };
+use crate::step;
 
 /// Bytes of gradients that are exchanged together, if nothing else is asked for.
 pub const BUCKET_BYTES: usize = 32 << 20;
@@ -75,6 +76,8 @@ struct Place {
     shape: Vec<usize>,
     group: usize,
     owner: usize,
+    /// Others are owned to be saved once.
+    trained: bool,
 }
 
 /// Whether a parameter is one of the routed experts', which are divided along the expert axis.
@@ -83,33 +86,31 @@ pub fn is_routed_expert(path: &str) -> bool {
 }
 
 impl DataParallel {
-    /// Spreads the trained parameters of `module`. `group_of` names, for a parameter's path, the group in `groups` that it
-    /// belongs to: for a model without pipeline `[dense, replicas]` and [`is_routed_expert`]. Called by all ranks of all
-    /// groups; those of a group hold the same parameters of it in the same order.
+    /// Spreads the parameters of `module`, which is in training and whose names in the whole model are in `registry`. `group_of` names, for a
+    /// parameter's path, the group in `groups` that it belongs to: for a model without pipeline `[dense, replicas]` and
+    /// [`is_routed_expert`]. Called by all ranks of all groups; those of a group hold the same parameters of it in the same
+    /// order.
     ///
     /// # Errors
     /// Other parameters on another rank; as [`Communicator::transfer`].
     ///
     /// # Panics
-    /// If `group_of` names a group that is not there.
+    /// If `group_of` names a group that is not there, or the module has a parameter that the registry has not.
     pub fn new(
-        module: &impl Module,
+        (module, registry): (&impl Module, &Registry),
         groups: Vec<Box<dyn Communicator>>,
         group_of: impl Fn(&str) -> usize,
         bucket_bytes: usize,
     ) -> Result<Self, DataParallelError> {
-        let mut listed = Listed::default();
+        let mut listed = Listed {
+            registry,
+            found: Vec::new(),
+        };
         module.visit(&mut listed);
         let mut members: Vec<Vec<(ParamId, Place)>> = groups.iter().map(|_| Vec::new()).collect();
-        for (id, path, shape) in listed.found {
-            let group = group_of(&path);
-            let place = Place {
-                path,
-                shape,
-                group,
-                owner: 0,
-            };
-            members[group].push((id, place));
+        for (id, place) in listed.found {
+            let group = group_of(&place.path);
+            members[group].push((id, Place { group, ..place }));
         }
         let mut parallel = Self {
             groups: Vec::new(),
@@ -138,6 +139,13 @@ impl DataParallel {
             .is_some_and(|place| self.groups[place.group].rank == place.owner)
     }
 
+    /// Whether a parameter is trained, and by other ranks too.
+    fn shares(&self, id: ParamId) -> bool {
+        self.parameters
+            .get(&id)
+            .is_some_and(|place| place.trained && self.groups[place.group].is_shared())
+    }
+
     /// Elements of the parameters that this rank updates, and of all that it holds.
     pub fn share_of_elements(&self) -> (usize, usize) {
         let elements = |place: &Place| place.shape.iter().product::<usize>();
@@ -158,15 +166,20 @@ impl DataParallel {
         &self,
         module: &impl Module,
         gradients: GradientsParams,
-    ) -> Result<GradientsParams, DataParallelError> {
+    ) -> Result<GradientsParams, CommError> {
         let mut taken = Taken {
+            parallel: self,
             gradients,
             found: BTreeMap::new(),
         };
         module.visit(&mut taken);
-        let mut found = taken.found;
+        let Taken {
+            gradients,
+            mut found,
+            ..
+        } = taken;
         let mut pending: Vec<Pending<Vec<(ParamId, Vec<f32>)>>> = Vec::new();
-        for group in &self.groups {
+        for group in self.groups.iter().filter(|group| group.is_shared()) {
             for bucket in &group.buckets {
                 let mut own = Vec::new();
                 let mut messages = vec![Vec::new(); group.size];
@@ -190,10 +203,7 @@ impl DataParallel {
         for bucket in pending {
             sums.extend(bucket.finish()?);
         }
-        let mut registered = Registered {
-            sums,
-            gradients: GradientsParams::new(),
-        };
+        let mut registered = Registered { sums, gradients };
         module.visit(&mut registered);
         Ok(registered.gradients)
     }
@@ -202,7 +212,7 @@ impl DataParallel {
     ///
     /// # Errors
     /// As [`Communicator::transfer`].
-    pub fn share<M: Module>(&self, module: M) -> Result<M, DataParallelError> {
+    pub fn share<M: Module>(&self, module: M) -> Result<M, CommError> {
         let mut owned = Owned {
             parallel: self,
             values: BTreeMap::new(),
@@ -210,7 +220,7 @@ impl DataParallel {
         module.visit(&mut owned);
         let mut values = owned.values;
         let mut pending = Vec::new();
-        for group in &self.groups {
+        for group in self.groups.iter().filter(|group| group.is_shared()) {
             for bucket in &group.buckets {
                 let own = bucket.iter().filter_map(|id| values.remove(id));
                 let own: Vec<u8> = own.flatten().collect();
@@ -233,6 +243,44 @@ impl DataParallel {
         };
         Ok(module.map(&mut replaced))
     }
+
+    /// The Euclidean norm of all gradients on all ranks, each counted once: `gradients` are those that this rank updates.
+    /// Summed in the order of the whole model, as on one device.
+    ///
+    /// # Errors
+    /// As [`Communicator::transfer`].
+    pub fn global_norm(
+        &self,
+        world: &dyn Communicator,
+        (module, registry): (&impl Module, &Registry),
+        gradients: &GradientsParams,
+    ) -> Result<f64, CommError> {
+        let mut mine = Vec::new();
+        for (id, square) in step::squares(module, gradients) {
+            let place = registry.place(id).filter(|_| self.owns(id));
+            if let Some(place) = place {
+                mine.extend((place as u64).to_le_bytes());
+                mine.extend(square.to_le_bytes());
+            }
+        }
+        let mut all: Vec<(u64, f64)> = Vec::new();
+        for squares in world.all_gather(&mine)? {
+            let pairs = squares.chunks_exact(16);
+            all.extend(
+                pairs
+                    .map(bytemuck::pod_read_unaligned::<[u64; 2]>)
+                    .map(|[place, square]| (place, f64::from_bits(square))),
+            );
+        }
+        all.sort_by_key(|(place, _)| *place);
+        Ok(all.iter().map(|(_, square)| square).sum::<f64>().sqrt())
+    }
+}
+
+impl Ranks {
+    fn is_shared(&self) -> bool {
+        self.size > 1
+    }
 }
 
 impl fmt::Debug for DataParallel {
@@ -240,20 +288,6 @@ impl fmt::Debug for DataParallel {
         let (own, all) = self.share_of_elements();
         write!(f, "DataParallel(updates {own} of {all} elements)")
     }
-}
-
-/// The Euclidean norm of all gradients on all ranks, each counted once: `gradients` are those that this rank updates.
-///
-/// # Errors
-/// As [`Communicator::transfer`].
-pub fn global_norm(
-    world: &dyn Communicator,
-    module: &impl Module,
-    gradients: &GradientsParams,
-) -> Result<f64, CommError> {
-    let mut squares = [crate::step::global_norm(module, gradients).powi(2)];
-    world.all_reduce(Values::F64(&mut squares), Reduction::Sum)?;
-    Ok(squares[0].sqrt())
 }
 
 /// Sums the loads of a step over the ranks that have seen tokens of the same layers.
@@ -320,7 +354,7 @@ fn assign(places: &mut [(ParamId, Place)], ranks: usize) {
 fn buckets(places: &[(ParamId, Place)], most: usize) -> Vec<Vec<ParamId>> {
     let mut buckets: Vec<Vec<ParamId>> = Vec::new();
     let mut held = most;
-    for (id, place) in places {
+    for (id, place) in places.iter().filter(|(_, place)| place.trained) {
         let elements = place.shape.iter().product::<usize>();
         match buckets.last_mut() {
             Some(bucket) if held + elements <= most => bucket.push(*id),
@@ -376,37 +410,38 @@ fn single(data: TensorData) -> Vec<f32> {
     data.iter::<f32>().collect()
 }
 
-/// The trained parameters, by path.
-#[derive(Default)]
-struct Listed {
-    path: ModulePath,
-    found: Vec<(ParamId, String, Vec<usize>)>,
+/// The parameters, by path.
+struct Listed<'a> {
+    registry: &'a Registry,
+    found: Vec<(ParamId, Place)>,
 }
 
-impl ModuleVisitor for Listed {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, container: &str) {
-        self.path.exit(container);
-    }
-
+impl ModuleVisitor for Listed<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.is_require_grad() {
-            let shape = param.lazy_shape().to_vec();
-            self.found.push((param.id, self.path.join(), shape));
-        }
+        let path = self.registry.path(param.id);
+        let place = Place {
+            path: path.expect("a parameter of the model").to_owned(),
+            shape: param.lazy_shape().to_vec(),
+            group: 0,
+            owner: 0,
+            trained: param.is_require_grad(),
+        };
+        self.found.push((param.id, place));
     }
 }
 
-struct Taken {
+/// Gradients of parameters that other ranks have too.
+struct Taken<'a> {
+    parallel: &'a DataParallel,
     gradients: GradientsParams,
     found: BTreeMap<ParamId, Vec<f32>>,
 }
 
-impl ModuleVisitor for Taken {
+impl ModuleVisitor for Taken<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !self.parallel.shares(param.id) {
+            return;
+        }
         if let Some(gradient) = self.gradients.remove::<D>(param.id) {
             self.found.insert(param.id, single(gradient.into_data()));
         }
@@ -437,7 +472,7 @@ struct Owned<'a> {
 
 impl ModuleVisitor for Owned<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.parallel.owns(param.id) {
+        if self.parallel.shares(param.id) && self.parallel.owns(param.id) {
             let values = single(param.val().into_data());
             let bytes = bytemuck::cast_slice(&values).to_vec();
             self.values.insert(param.id, bytes);

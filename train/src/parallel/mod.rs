@@ -1,6 +1,6 @@
 //! Several ranks train one model: who they are ([`mesh`]), how they talk ([`communicator`]) and over what ([`local`], with
-//! the features `mpi` and `nccl` also processes and GPUs); where tokens go ([`routes`], [`expert_dispatch`]) and whose parameters are whose
-//! ([`data_parallel`]).
+//! the features `mpi` and `nccl` also processes and GPUs); where tokens go ([`routes`], [`expert_dispatch`]) and whose
+//! parameters are whose ([`data_parallel`]).
 
 pub mod communicator;
 pub mod data_parallel;
@@ -13,6 +13,7 @@ pub mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 pub mod routes;
+pub mod turns;
 pub mod wire;
 
 pub use communicator::{
@@ -23,4 +24,5 @@ pub use expert_dispatch::ExpertDispatch;
 pub use lane::{Lane, Pending};
 pub use local::{Link, Local, LocalOptions};
 pub use mesh::{ExpertPlacement, Group, Mesh, Place, Refused};
+pub use turns::first_then_others;
 pub use wire::{RowFormat, Wire};

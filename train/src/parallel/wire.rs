@@ -20,6 +20,12 @@ impl Wire {
         combine: RowFormat::F32,
     };
 
+    /// Two bytes for a number.
+    pub const BF16: Self = Self {
+        dispatch: RowFormat::Bf16,
+        combine: RowFormat::Bf16,
+    };
+
     /// As the report trains.
     pub const FP8: Self = Self {
         dispatch: RowFormat::Fp8,

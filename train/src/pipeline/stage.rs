@@ -1,6 +1,6 @@
 //! What a rank holds of a model, and the forward pass of its stages.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use burn::{
     module::Module,
@@ -20,7 +20,10 @@ use deepburn_model::{
 };
 
 use super::layout::{Layout, Piece, Stage};
-use crate::step::{self, LossWeights, Predictor, Windows};
+use crate::{
+    parallel::ExpertDispatch,
+    step::{self, LossWeights, Predictor, Windows},
+};
 
 /// The pieces of a model that are on one rank. Its parameters are those of the model and keep their identity, by which
 /// their names are known (see [`Registry`](deepburn_model::parameters::Registry)).
@@ -87,6 +90,22 @@ impl Part {
             numbers: numbers.into(),
             rope,
             arithmetic,
+        }
+    }
+
+    /// This part as one of several that share the routed experts of every layer: it keeps those in `own`, and
+    /// `dispatcher` brings tokens to the others.
+    #[must_use]
+    pub fn with_experts(self, own: &Range<usize>, dispatcher: &Arc<ExpertDispatch>) -> Self {
+        let layer = |layer: DecoderLayer| layer.with_experts(own.clone(), dispatcher.clone());
+        let mtp = self.mtp.into_iter().map(|module| MtpModule {
+            block: layer(module.block),
+            ..module
+        });
+        Self {
+            mtp: mtp.collect(),
+            layers: self.layers.into_iter().map(layer).collect(),
+            ..self
         }
     }
 

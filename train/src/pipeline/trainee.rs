@@ -7,7 +7,7 @@ use std::{
 };
 
 use burn::{
-    module::Module,
+    module::{Module, ParamId},
     optim::{
         GradientsParams, ModuleOptimizer, OptimizerRecord,
         lr_scheduler::module_lr_scheduler::ModuleLearningRate,
@@ -17,7 +17,7 @@ use burn::{
 use deepburn_model::{config::ModelConfig, parameters::Registry, transformer::Transformer};
 
 use super::{
-    copies::Copies,
+    copies,
     execute::{Executed, MicroLosses, Share, Terms},
     layout::Layout,
     schedule::Timeline,
@@ -25,7 +25,10 @@ use super::{
 };
 use crate::{
     learner::{Batch, Exchange},
-    parallel::{CommError, Communicator, Group, Mesh, Reduction, Values},
+    parallel::{
+        CommError, Communicator, DataParallel, ExpertDispatch, Group, Mesh, Reduction, Values,
+        data_parallel::sum_loads,
+    },
     report::StepReport,
     run::TrainError,
     shards,
@@ -75,14 +78,16 @@ struct Seat {
     registry: Registry,
     /// The number in the model of each mixture-of-experts layer, MTP modules last.
     routed: Vec<usize>,
+    /// Brings tokens to experts on other ranks, if they are divided.
+    dispatch: Option<ExpertDispatch>,
     voices: Mutex<Voices>,
 }
 
 /// The groups that a rank talks in.
 pub(crate) struct Voices {
-    pub(crate) world: Box<dyn Communicator>,
+    pub(crate) world: Arc<dyn Communicator>,
     pipeline: Box<dyn Communicator>,
-    pub(crate) copies: Copies,
+    pub(crate) copies: DataParallel,
 }
 
 impl std::fmt::Debug for Rank {
@@ -92,15 +97,17 @@ impl std::fmt::Debug for Rank {
 }
 
 impl Rank {
-    /// Takes the place of the world's rank in an arrangement. Called by all ranks.
+    /// Takes the place of the world's rank in an arrangement with its part of the model, whose experts are those of
+    /// `dispatch`. Called by all ranks.
     ///
     /// # Errors
     /// What keeps ranks from talking.
     pub fn new(
-        world: Box<dyn Communicator>,
+        world: Arc<dyn Communicator>,
         arrangement: Arrangement,
-        registry: Registry,
-    ) -> Result<Self, CommError> {
+        (part, registry): (&Part, Registry),
+        dispatch: Option<ExpertDispatch>,
+    ) -> Result<Self, TrainError> {
         let shape = &arrangement.shape;
         let layers = shape.num_hidden_layers;
         let all = 0..layers + shape.num_nextn_predict_layers;
@@ -108,7 +115,11 @@ impl Rank {
         let rank = world.rank();
         let voices = Voices {
             pipeline: arrangement.mesh.split(world.as_ref(), Group::Pipeline)?,
-            copies: Copies::find(world.as_ref(), arrangement.mesh, &arrangement.layout)?,
+            copies: copies::data_parallel(
+                world.as_ref(),
+                (arrangement.mesh, &arrangement.layout),
+                (part, &registry),
+            )?,
             world,
         };
         Ok(Self(Arc::new(Seat {
@@ -116,6 +127,7 @@ impl Rank {
             routed: all.filter(|&layer| !dense(layer)).collect(),
             arrangement,
             registry,
+            dispatch,
             voices: Mutex::new(voices),
         })))
     }
@@ -128,6 +140,12 @@ impl Rank {
     /// The names of the parameters.
     pub(crate) fn registry(&self) -> &Registry {
         &self.0.registry
+    }
+
+    /// The name of a parameter that this rank updates; `None` for others.
+    pub(crate) fn updates(&self, id: ParamId) -> Option<&str> {
+        let owns = self.voices().copies.owns(id);
+        self.registry().path(id).filter(|_| owns)
     }
 
     pub(crate) fn voices(&self) -> MutexGuard<'_, Voices> {
@@ -150,11 +168,6 @@ impl Rank {
         first..first + each
     }
 
-    /// Its place in its pipeline.
-    pub(crate) fn place(&self) -> usize {
-        self.arrangement().mesh.place(self.0.rank).pipeline
-    }
-
     /// All micro-batches of a step: gradients summed over those who have copies of a parameter, and what is reported.
     fn train(
         &self,
@@ -165,30 +178,22 @@ impl Rank {
         let arrangement = self.arrangement();
         let windows = batch.micro_batches(arrangement.sequences, &part.device());
         let voices = self.voices();
-        let executed = self.share(part, &voices, weights).train(&windows)?;
+        let executed = self.share(part, &voices, weights).train(&windows);
         let Executed {
             gradients,
             losses,
             loads,
             order: _,
-        } = executed;
-        let gradients = voices.copies.sum(part, gradients, self.registry())?;
+        } = self.checked(executed)?;
+        let gradients = voices.copies.reduce(part, gradients)?;
 
         let experts = arrangement.shape.n_routed_experts;
-        let mut counts = vec![0u64; self.0.routed.len() * experts];
-        for (at, layer) in self.0.routed.iter().enumerate() {
-            if let Some(load) = loads.get(layer) {
-                let load = load.to_data();
-                let slots = counts[at * experts..].iter_mut();
-                slots
-                    .zip(load.iter::<i64>())
-                    .for_each(|(slot, load)| *slot = load as u64);
-            }
-        }
-        voices
-            .world
-            .all_reduce(Values::U64(&mut counts), Reduction::Sum)?;
-        let loads = counts.chunks(experts).map(<[u64]>::to_vec).collect();
+        let counts = self.0.routed.iter().map(|layer| match loads.get(layer) {
+            Some(load) => load.to_data().iter::<i64>().map(|n| n as u64).collect(),
+            None => vec![0; experts],
+        });
+        let mut loads: Vec<Vec<u64>> = counts.collect();
+        sum_loads(voices.world.as_ref(), &mut loads)?;
 
         let first = self.pipeline() * windows.len();
         let all = self.losses(
@@ -199,6 +204,14 @@ impl Rank {
         )?;
         let report = self.report(&all, batch.predicted() / windows.len() as u64, weights);
         Ok((gradients, report, loads))
+    }
+
+    /// What came of a pass, if tokens have reached their experts.
+    fn checked<T>(&self, passed: Result<T, CommError>) -> Result<T, CommError> {
+        match &self.0.dispatch {
+            Some(dispatch) => dispatch.check().and(passed),
+            None => passed,
+        }
     }
 
     fn share<'a>(&'a self, part: &'a Part, voices: &'a Voices, weights: LossWeights) -> Share<'a> {
@@ -268,7 +281,8 @@ impl Rank {
     ) -> Result<StepReport, CommError> {
         let windows = batch.micro_batches(batch.windows.len(), &part.device());
         let voices = self.voices();
-        let losses = self.share(part, &voices, weights).evaluate(&windows[0])?;
+        let losses = self.share(part, &voices, weights).evaluate(&windows[0]);
+        let losses = self.checked(losses)?;
         let all = self.losses(voices.pipeline.as_ref(), 0, vec![losses], 1)?;
         Ok(self.report(&all, batch.predicted(), weights))
     }
@@ -321,14 +335,16 @@ impl RankTrainee {
             let voices = rank.voices();
             let (world, registry) = (voices.world.as_ref(), rank.registry());
             let copies = &voices.copies;
-            copies.global_norm(world, &self.part, &gradients, registry)?
+            copies.global_norm(world, (&self.part, registry), &gradients)?
         };
         let mut not_finite = Vec::new();
         if !norm.is_finite() {
             not_finite = rank.not_finite(&self.part, &gradients)?;
         } else if !self.exchange.is_left_out() {
             let gradients = step::clipped(&self.part, gradients, norm, rule);
-            let mut part = optimizer.step(rate, self.part.clone(), gradients);
+            // What this rank owns, and then what others do.
+            let part = optimizer.step(rate, self.part.clone(), gradients);
+            let mut part = rank.voices().copies.share(part)?;
             let routed = &rank.0.routed;
             let routers = part.routers_mut(rank.arrangement().shape.num_hidden_layers);
             let routers = routers.filter_map(|(layer, router)| {

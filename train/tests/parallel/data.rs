@@ -6,14 +6,16 @@ use burn::{
     optim::GradientsParams,
     tensor::{Device, Int, Tensor, TensorData},
 };
-use deepburn_model::{layer::FeedForward, loss::BalanceReading, transformer::Transformer};
+use deepburn_model::{
+    layer::FeedForward, loss::BalanceReading, parameters::Registry, transformer::Transformer,
+};
 use deepburn_train::{
     config::OptimizerConfig,
     optimizer::adamw,
     parallel::{
         Communicator, DataParallel, DataParallelError, ExpertDispatch, ExpertPlacement, Group,
         LocalOptions, Mesh, Wire,
-        data_parallel::{global_norm, is_routed_expert, sum_loads},
+        data_parallel::{is_routed_expert, sum_loads},
         local::run,
     },
     precision::Precision,
@@ -131,7 +133,9 @@ fn together(mesh: Mesh, nodes: &[usize]) -> Vec<Vec<Trace>> {
         let replicas = mesh.split(&world, Group::Replicas).unwrap();
         let group_of = |path: &str| usize::from(is_routed_expert(path));
         // Several buckets, and parameters that are larger than one.
-        let parallel = DataParallel::new(&model, vec![dense, replicas], group_of, 20_000).unwrap();
+        let registry = Registry::of(&model);
+        let groups = vec![dense, replicas];
+        let parallel = DataParallel::new((&model, &registry), groups, group_of, 20_000).unwrap();
         let (own, all) = parallel.share_of_elements();
         assert!(world.size() == 1 || own < all * 3 / 4, "{own} of {all}");
         let mut optimizer = adamw(&OptimizerConfig::default(), Precision::Fp32);
@@ -146,7 +150,9 @@ fn together(mesh: Mesh, nodes: &[usize]) -> Vec<Vec<Trace>> {
                 let gradients = GradientsParams::from_grads(loss.backward(), &model);
                 dispatch.check().unwrap();
                 let gradients = parallel.reduce(&model, gradients).unwrap();
-                let norm = global_norm(&world, &model, &gradients).unwrap();
+                let norm = parallel
+                    .global_norm(&world, (&model, &registry), &gradients)
+                    .unwrap();
                 sum_loads(&world, &mut loads).unwrap();
                 let current = model.clone();
                 let current = step::update(
@@ -225,7 +231,8 @@ fn ranks_with_other_parameters_are_told() {
             model.layers.truncate(2);
         }
         let group = world.split(0, world.rank() as u64).unwrap();
-        DataParallel::new(&model, vec![group], |_| 0, 1 << 20).map(|_| ())
+        let registry = Registry::of(&model);
+        DataParallel::new((&model, &registry), vec![group], |_| 0, 1 << 20).map(|_| ())
     });
     let error = results[1].as_ref().unwrap_err();
     assert!(
