@@ -5,7 +5,7 @@ use minijinja_contrib::pycompat;
 
 /// Calls a method that the template language itself does not have.
 pub(super) fn call(
-    state: &State<'_, '_>,
+    state: &mut State<'_, '_>,
     value: &Value,
     method: &str,
     arguments: &[Value],
