@@ -95,7 +95,7 @@ fn ranks_share_experts_and_micro_batches() {
                 "parallel.data=2",
                 "parallel.expert=2",
                 "parallel.pipeline=2",
-                "parallel.schedule=dualpipe",
+                "parallel.schedule=zb1p",
             ],
         ),
     ] {

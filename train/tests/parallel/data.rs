@@ -7,7 +7,8 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData},
 };
 use deepburn_model::{
-    layer::FeedForward, loss::BalanceReading, parameters::Registry, transformer::Transformer,
+    config::ModelConfig, layer::FeedForward, loss::BalanceReading, parameters::Registry,
+    transformer::Transformer,
 };
 use deepburn_train::{
     config::OptimizerConfig,
@@ -34,8 +35,13 @@ const RULE: UpdateRule = UpdateRule {
     gamma: 1e-2,
 };
 
+/// Weights so large that scores of experts are far apart: sums of another order do not choose other experts.
 fn model() -> Transformer {
-    Transformer::new(&tiny(), 7, &Device::flex().autodiff())
+    let shape = ModelConfig {
+        initializer_range: 0.1,
+        ..tiny()
+    };
+    Transformer::new(&shape, 7, &Device::flex().autodiff())
 }
 
 /// Sequences of a step's batch.
