@@ -103,7 +103,9 @@ fn lead(
     let interrupter = Interrupter::new();
     let asked = "stopping after this step, with a checkpoint; once more to stop at once";
     stop_on_ctrl_c(&interrupter, move || eprintln!("{asked}"))?;
-    let lines = args.plain || !std::io::stdout().is_terminal();
+    // mpirun passes output on, whatever its own is.
+    let alone = ranks::local_rank().is_none();
+    let lines = args.plain || !alone || !std::io::stdout().is_terminal();
     let renderer = lines.then(|| {
         let (steps, interval) = (config.run.steps, config.validation.interval);
         Box::new(StepLines::new(steps, interval)) as Box<dyn MetricsRenderer>

@@ -230,7 +230,7 @@ mod tests {
                 let seen = logits(main(&tokens[start..at]));
                 nats += log_sum_exp(&seen) - f64::from(seen[tokens[at] as usize]);
                 // What predicts token `at` from depth + 1 tokens before the last seen one.
-                for depth in 0..2 {
+                for (depth, agreement) in modules.iter_mut().enumerate() {
                     let Some(rows) = (at - 1 - start).checked_sub(depth).filter(|&rows| rows > 0)
                     else {
                         continue;
@@ -245,9 +245,9 @@ mod tests {
                             .hidden;
                     }
                     let predicted = argmax(logits(hidden));
-                    modules[depth].rows += 1;
-                    modules[depth].right += usize::from(predicted == tokens[at]);
-                    modules[depth].agreed += usize::from(predicted == argmax(seen.clone()));
+                    agreement.rows += 1;
+                    agreement.right += usize::from(predicted == tokens[at]);
+                    agreement.agreed += usize::from(predicted == argmax(seen.clone()));
                 }
             }
             assert_eq!(found.tokens, tokens.len() - 1);

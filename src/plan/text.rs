@@ -87,7 +87,7 @@ impl Text {
             "of the FP8 peak, {} TFLOP/s",
             plan.config.cluster.fp8_peak_tflops
         );
-        let rows: [(&str, fn(&Prediction) -> f64, fn(f64) -> String); 7] = [
+        let rows: [Row<'_>; 7] = [
             ("step", |p| p.step, |value| format!("{value:.2} s")),
             (&hours, |p| p.gpu_hours, |value| human(value, 3)),
             ("cost", |p| p.usd, |value| format!("${}", human(value, 3))),
@@ -156,7 +156,7 @@ impl Text {
             "\n{:<34}{:>12}{:>12}{:>12}",
             "A layer with experts, ms", "F", "Bi", "W"
         ));
-        let rows: [(&str, fn(&Work) -> f64); 3] = [
+        let rows: [(&str, PartOfWork); 3] = [
             ("products and attention", |work| work.math),
             ("memory", |work| work.memory),
             ("all-to-all", |work| work.network),
@@ -269,6 +269,12 @@ impl Text {
 fn percent(part: f64) -> String {
     format!("{:.1}%", part * 100.0)
 }
+
+/// A name, its value in a prediction, and how that is written.
+type Row<'a> = (&'a str, fn(&Prediction) -> f64, fn(f64) -> String);
+
+/// A part of the work.
+type PartOfWork = fn(&Work) -> f64;
 
 /// With the largest unit that fits.
 fn human(value: f64, decimals: usize) -> String {

@@ -33,20 +33,21 @@ pub enum SpikeAction {
 
 impl Default for SpikeConfig {
     fn default() -> Self {
-        Self {
-            action: SpikeAction::default(),
-            ..Self::OFF
-        }
+        Self::of(SpikeAction::default())
     }
 }
 
 impl SpikeConfig {
     /// None is looked for.
-    pub const OFF: Self = Self {
-        action: SpikeAction::Off,
-        window: 64,
-        deviations: 8.0,
-    };
+    pub const OFF: Self = Self::of(SpikeAction::Off);
+
+    const fn of(action: SpikeAction) -> Self {
+        Self {
+            action,
+            window: 64,
+            deviations: 8.0,
+        }
+    }
 
     /// The broken rule, if any: (key, value, rule).
     pub fn problem(&self) -> Option<(&'static str, f64, &'static str)> {
@@ -173,7 +174,7 @@ mod tests {
     #[test]
     fn one_spike_does_not_hide_the_next() {
         let loss = |at: usize| {
-            if at > 30 && at % 2 == 0 {
+            if at > 30 && at.is_multiple_of(2) {
                 9.0
             } else {
                 3.0 + 0.1 * noise(at)

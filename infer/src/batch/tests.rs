@@ -150,7 +150,7 @@ fn ids(texts: &[Text]) -> Vec<Vec<u32>> {
 fn alone(engine: &Engine, prompts: &[Vec<u32>], new: usize) -> Vec<Vec<u32>> {
     let one = |prompt: &Vec<u32>| {
         let config = BatchConfig::default();
-        let (texts, _) = run(engine, config, &[prompt.clone()], &greedy(new));
+        let (texts, _) = run(engine, config, std::slice::from_ref(prompt), &greedy(new));
         texts[0].ids()
     };
     prompts.iter().map(one).collect()
@@ -286,7 +286,7 @@ fn modules_draft_what_they_predict_over_whole_sequences() {
     let prompt = &prompts(6, engine.config.vocab_size)[5];
     let text = [
         prompt.clone(),
-        alone(&engine, &[prompt.clone()], 16).remove(0),
+        alone(&engine, std::slice::from_ref(prompt), 16).remove(0),
     ]
     .concat();
     let model = &engine.model;

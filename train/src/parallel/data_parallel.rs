@@ -80,6 +80,9 @@ struct Place {
     trained: bool,
 }
 
+/// Gradients summed over ranks.
+type Sums = Vec<(ParamId, Vec<f32>)>;
+
 /// Whether a parameter is one of the routed experts', which are divided along the expert axis.
 pub fn is_routed_expert(path: &str) -> bool {
     path.contains(".mlp.experts.")
@@ -178,7 +181,7 @@ impl DataParallel {
             mut found,
             ..
         } = taken;
-        let mut pending: Vec<Pending<Vec<(ParamId, Vec<f32>)>>> = Vec::new();
+        let mut pending: Vec<Pending<Sums>> = Vec::new();
         for group in self.groups.iter().filter(|group| group.is_shared()) {
             for bucket in &group.buckets {
                 let mut own = Vec::new();
@@ -369,7 +372,7 @@ fn buckets(places: &[(ParamId, Place)], most: usize) -> Vec<Vec<ParamId>> {
 }
 
 /// The sum over the ranks' messages, each of which has the same parameters behind each other.
-fn sum(own: Vec<(ParamId, usize)>, messages: &[Vec<u8>]) -> Vec<(ParamId, Vec<f32>)> {
+fn sum(own: Vec<(ParamId, usize)>, messages: &[Vec<u8>]) -> Sums {
     let mut start = 0;
     let of_parameter = |(id, length): (ParamId, usize)| {
         let range = 4 * start..4 * (start + length);

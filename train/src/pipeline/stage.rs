@@ -55,6 +55,10 @@ pub struct StageOutput {
 }
 
 /// What a stage hands on.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there are few of them, and tensors are handles"
+)]
 #[derive(Clone, Debug)]
 pub enum StageResult {
     /// The residual stream. `[B, T, D]`
