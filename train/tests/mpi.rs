@@ -20,7 +20,9 @@ use deepburn_train::parallel::{
 const CASE: &str = "DEEPBURN_MPI_CASE";
 
 /// Name, number of processes, and what has to hold.
-const CASES: [(&str, usize, fn(&Output)); 5] = [
+type Case = (&'static str, usize, fn(&Output));
+
+const CASES: [Case; 5] = [
     ("suite", 4, |output| succeeded(output)),
     ("suite-on-nodes", 4, |output| succeeded(output)),
     ("abort", 3, |output| {
