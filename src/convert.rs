@@ -44,7 +44,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum)]
     dtype: Dtype,
 
-    /// Write the average of the weights that a training run with [ema] keeps, instead of its weights
+    /// Write the average of the weights that a training run keeps where its configuration has `ema`, instead of its weights
     #[arg(long)]
     ema: bool,
 
