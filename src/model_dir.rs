@@ -46,14 +46,18 @@ impl ModelChoice {
     /// # Errors
     /// A folder, a device or weights that cannot be used.
     pub(crate) fn open(&self) -> anyhow::Result<Engine> {
-        let dir = resolve(&self.dir)?;
+        self.open_at(&resolve(&self.dir)?)
+    }
+
+    /// As [`open`](Self::open), from the checkpoint that [`resolve`] has found.
+    pub(crate) fn open_at(&self, dir: &Path) -> anyhow::Result<Engine> {
         let device = self.device.open()?;
         let format = match self.weights {
             HeldWeights::F32 => None,
             HeldWeights::Bf16 => Some(CompactFormat::Bf16),
             HeldWeights::Fp8 => Some(CompactFormat::Fp8),
         };
-        Ok(Engine::open_held(&dir, &device, format)?)
+        Ok(Engine::open_held(dir, &device, format)?)
     }
 }
 

@@ -45,7 +45,7 @@ impl ModelArgs {
         // Before the weights, which take longer.
         let template = ChatTemplate::read(&dir)?;
         let add_bos = chat_template::adds_bos_token(&dir)?;
-        let engine = self.model.open()?;
+        let engine = self.model.open_at(&dir)?;
         let bos = engine.bos();
         let config = ServiceConfig {
             cached_tokens: self.cached_tokens,

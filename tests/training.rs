@@ -1,5 +1,7 @@
 //! Training runs that are interrupted and resumed. Their steps are held against references in `parity.rs`.
 
+#[path = "support/corpus.rs"]
+mod corpus;
 #[path = "support/quiet.rs"]
 mod quiet;
 mod support;
@@ -26,17 +28,7 @@ use support::fixture;
 fn small_run(dir: &Path, set: &[&str]) -> TrainConfig {
     let corpus = dir.join("corpus");
     if !corpus.exists() {
-        std::fs::create_dir(&corpus).unwrap();
-        for file in 0..40 {
-            let lines = (0..60).map(|line| {
-                let number = (file * 7919 + line * 104_729) % 9973;
-                format!(
-                    "fn item_{}(x: u32) -> u32 {{ x * {number} + {line} }}\n",
-                    number % 13
-                )
-            });
-            std::fs::write(corpus.join(format!("{file}.rs")), lines.collect::<String>()).unwrap();
-        }
+        corpus::write(&corpus);
         std::fs::copy(
             fixture("tiny-mtp").join("config.json"),
             dir.join("model.json"),
@@ -107,19 +99,8 @@ fn start_on(
 
 /// All that must not depend on time.
 fn lasting(run: &Path) -> Vec<Record> {
-    let timeless = |report| StepReport {
-        tokens_per_second: None,
-        memory_bytes: None,
-        ..report
-    };
-    metrics::read(&run.join("metrics.jsonl"))
-        .unwrap()
-        .into_iter()
-        .map(|record| match record {
-            Record::Train(report) => Record::Train(timeless(report)),
-            Record::Validation(report) => Record::Validation(timeless(report)),
-        })
-        .collect()
+    let records = metrics::read(&run.join("metrics.jsonl")).unwrap();
+    records.into_iter().map(Record::lasting).collect()
 }
 
 #[test]

@@ -105,9 +105,13 @@ impl DecoderLayer {
 
     /// This layer as one of several that share its routed experts, if it has any: see [`Moe::distributed`].
     #[must_use]
-    pub fn with_experts(mut self, own: Range<usize>, dispatcher: Arc<dyn TokenDispatcher>) -> Self {
+    pub fn with_experts(
+        mut self,
+        own: &Range<usize>,
+        dispatcher: &Arc<dyn TokenDispatcher>,
+    ) -> Self {
         if let FeedForward::Moe(moe) = self.mlp {
-            self.mlp = FeedForward::Moe(moe.distributed(own, dispatcher));
+            self.mlp = FeedForward::Moe(moe.distributed(own.clone(), dispatcher.clone()));
         }
         self
     }

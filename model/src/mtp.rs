@@ -1,5 +1,7 @@
 //! Multi-token prediction (report section 2.2): modules that predict further tokens, each from the one before.
 
+use std::{ops::Range, sync::Arc};
+
 use burn::{module::Module, tensor::Tensor};
 use deepburn_kernels::{
     compact::{CompactFormat, NotCompact},
@@ -11,6 +13,7 @@ use crate::{
     config::ModelConfig,
     init::Initializer,
     layer::{DecoderLayer, LayerOutput},
+    moe::TokenDispatcher,
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
     recompute::Recompute,
@@ -64,6 +67,15 @@ impl MtpModule {
             shared_head: SharedHead {
                 norm: norm(init.child("shared_head.norm")),
             },
+        }
+    }
+
+    /// As [`DecoderLayer::with_experts`].
+    #[must_use]
+    pub fn with_experts(self, own: &Range<usize>, dispatcher: &Arc<dyn TokenDispatcher>) -> Self {
+        Self {
+            block: self.block.with_experts(own, dispatcher),
+            ..self
         }
     }
 

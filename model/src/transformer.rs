@@ -19,7 +19,7 @@ use crate::{
     attention::{AttentionMask, LatentCache, Layout, PagedCache},
     config::ModelConfig,
     init::Initializer,
-    layer::{DecoderLayer, FeedForward, LayerOutput},
+    layer::{DecoderLayer, LayerOutput},
     loss::head_cross_entropy,
     moe::{MoeOutput, TokenDispatcher},
     mtp::{MtpModule, MtpOutput},
@@ -123,24 +123,20 @@ impl Transformer {
     }
 
     /// This model as one of several that share the routed experts of every layer: see
-    /// [`Moe::distributed`](crate::moe::Moe::distributed). `dispatcher` is asked for each such layer, in order, those of MTP modules last.
+    /// [`Moe::distributed`](crate::moe::Moe::distributed).
     #[must_use]
-    pub fn with_experts(
-        mut self,
-        own: &Range<usize>,
-        mut dispatcher: impl FnMut() -> Arc<dyn TokenDispatcher>,
-    ) -> Self {
-        let mut layer = |layer: DecoderLayer| match &layer.mlp {
-            FeedForward::Moe(_) => layer.with_experts(own.clone(), dispatcher()),
-            FeedForward::Dense(_) => layer,
-        };
-        self.layers = self.layers.into_iter().map(&mut layer).collect();
-        let further = self.mtp.into_iter().map(|mut module| {
-            module.block = layer(module.block);
-            module
-        });
-        self.mtp = further.collect();
-        self
+    pub fn with_experts(self, own: &Range<usize>, dispatcher: &Arc<dyn TokenDispatcher>) -> Self {
+        let layers = self.layers.into_iter();
+        let mtp = self.mtp.into_iter();
+        Self {
+            layers: layers
+                .map(|layer| layer.with_experts(own, dispatcher))
+                .collect(),
+            mtp: mtp
+                .map(|module| module.with_experts(own, dispatcher))
+                .collect(),
+            ..self
+        }
     }
 
     /// Runs the main model over whole sequences.

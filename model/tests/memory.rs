@@ -1,7 +1,10 @@
 //! How much memory loading takes.
 #![cfg(target_os = "linux")]
 
-use std::{env, fs, path::Path, process::Command};
+#[path = "../../tests/support/process.rs"]
+mod process;
+
+use std::{env, path::Path, process::Command};
 
 use burn::{module::Module, tensor::Device};
 use deepburn_model::{
@@ -9,14 +12,7 @@ use deepburn_model::{
     config::ModelConfig,
     transformer::Transformer,
 };
-
-/// A line of the process's own status, in bytes.
-fn status(key: &str) -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(key)).unwrap();
-    let number: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    number * 1024
-}
+use process::status;
 
 /// What loading the checkpoint in `DIR` takes at its peak; a process of its own for each, which [`measured`] starts.
 #[test]

@@ -1,5 +1,9 @@
 //! What the backward pass computes again is what it was, and is not kept.
 
+#[cfg(target_os = "linux")]
+#[path = "../../tests/support/process.rs"]
+mod process;
+
 use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{Device, Gradients, Int, Tensor, TensorData},
@@ -104,9 +108,9 @@ fn gradients_are_the_same_bit_for_bit_and_loads_are_counted_once() {
 
 #[cfg(target_os = "linux")]
 mod memory {
-    use std::{env, fs, process::Command};
+    use std::{env, process::Command};
 
-    use super::*;
+    use super::{process::status, *};
 
     const LENGTH: usize = 2048;
     /// Whether a process of its own is to recompute.
@@ -121,14 +125,6 @@ mod memory {
             num_attention_heads: 16,
             ..tiny()
         }
-    }
-
-    /// A line of the process's own status, in bytes.
-    fn status(key: &str) -> u64 {
-        let status = fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find(|line| line.starts_with(key)).unwrap();
-        let number: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        number * 1024
     }
 
     /// One step's memory at its peak; a process of its own for each, which [`measured`] starts.

@@ -1,5 +1,7 @@
 //! A run of a small model, and what two such runs have to have in common.
 
+mod corpus;
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -15,18 +17,7 @@ use safetensors::SafeTensors;
 
 /// A corpus, a model of eight layers and a configuration in `dir`.
 pub(crate) fn prepared(dir: &Path) {
-    let corpus = dir.join("corpus");
-    std::fs::create_dir(&corpus).unwrap();
-    for file in 0..40 {
-        let lines = (0..60).map(|line| {
-            let number = (file * 7919 + line * 104_729) % 9973;
-            format!(
-                "fn item_{}(x: u32) -> u32 {{ x * {number} + {line} }}\n",
-                number % 13
-            )
-        });
-        std::fs::write(corpus.join(format!("{file}.rs")), lines.collect::<String>()).unwrap();
-    }
+    corpus::write(&dir.join("corpus"));
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/tiny.json");
     let shape = ModelConfig {
         hidden_size: 32,
@@ -79,17 +70,8 @@ pub(crate) fn config(dir: &Path, name: &str, set: &[&str]) -> TrainConfig {
 }
 
 pub(crate) fn records(config: &TrainConfig) -> Vec<Record> {
-    let timeless = |report| StepReport {
-        tokens_per_second: None,
-        memory_bytes: None,
-        ..report
-    };
     let records = metrics::read(&config.run.directory.join("metrics.jsonl")).unwrap();
-    let records = records.into_iter().map(|record| match record {
-        Record::Train(report) => Record::Train(timeless(report)),
-        Record::Validation(report) => Record::Validation(timeless(report)),
-    });
-    records.collect()
+    records.into_iter().map(Record::lasting).collect()
 }
 
 /// Losses to 1e-5; expert loads, which the violations are made of, exactly.

@@ -16,6 +16,7 @@ use burn::{
 use deepburn_model::{
     checkpoint::{self, hf_config},
     config::ModelConfig,
+    moe::TokenDispatcher,
     parameters::Registry,
     transformer::Transformer,
 };
@@ -268,7 +269,8 @@ fn set_up(
     let mut part = Part::cut(whole.with_arithmetic(config.arithmetic()), &layout, place);
     let dispatch = expert_dispatch(world.as_ref(), &arrangement, config.precision.wire())?;
     if let Some(dispatch) = &dispatch {
-        part = part.with_experts(&dispatch.own(), &Arc::new(dispatch.clone()));
+        let dispatcher: Arc<dyn TokenDispatcher> = Arc::new(dispatch.clone());
+        part = part.with_experts(&dispatch.own(), &dispatcher);
     }
     let part = part.train();
     let rank = Rank::new(world, arrangement, (&part, registry), dispatch)?;

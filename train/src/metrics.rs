@@ -22,6 +22,15 @@ pub enum Record {
 }
 
 impl Record {
+    /// What does not depend on time and memory: runs that repeat each other have the same.
+    #[must_use]
+    pub fn lasting(mut self) -> Self {
+        let (Self::Train(report) | Self::Validation(report)) = &mut self;
+        report.tokens_per_second = None;
+        report.memory_bytes = None;
+        self
+    }
+
     fn step(&self) -> u64 {
         match self {
             Self::Train(report) | Self::Validation(report) => report.step,

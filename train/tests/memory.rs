@@ -1,7 +1,10 @@
 //! What training keeps for each parameter is what the table of `precision.rs` says.
 #![cfg(target_os = "linux")]
 
-use std::{env, fs, process::Command};
+#[path = "../../tests/support/process.rs"]
+mod process;
+
+use std::{env, process::Command};
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
@@ -17,20 +20,10 @@ use deepburn_train::{
     precision::Precision,
     step::{LossWeights, UpdateRule, global_norm, losses, update},
 };
+use process::status;
 
 /// The precision of a process of its own.
 const SWITCH: &str = "DEEPBURN_TEST_PRECISION";
-
-/// Memory of the process, bytes.
-fn resident() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .unwrap();
-    let number: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    number * 1024
-}
 
 /// Many parameters for few tokens: what a batch needs is small beside them.
 fn large(precision: Precision) -> Transformer {
@@ -74,12 +67,12 @@ fn step_once() {
     // What threads and code take once is there before.
     drop(gradients(&large(precision)));
 
-    let start = resident();
+    let start = status("VmRSS:");
     let model = large(precision);
     model.visit(&mut Touch);
-    let with_weights = resident();
+    let with_weights = status("VmRSS:");
     let gradients = gradients(&model);
-    let with_gradients = resident();
+    let with_gradients = status("VmRSS:");
     let parameters = model.num_params();
     let norm = global_norm(&model, &gradients);
     let mut optimizer = adamw(&OptimizerConfig::default(), precision);
@@ -92,7 +85,7 @@ fn step_once() {
         &[],
         rule,
     );
-    let with_moments = resident();
+    let with_moments = status("VmRSS:");
     let parts = [
         with_weights - start,
         with_gradients - with_weights,

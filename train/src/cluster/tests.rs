@@ -14,7 +14,6 @@ use crate::{
     data::prepare,
     metrics::{self, Record},
     parallel::Link,
-    report::StepReport,
     state::Checkpoints,
 };
 
@@ -103,15 +102,7 @@ fn attempt(
 
 fn records(config: &TrainConfig) -> Vec<Record> {
     let records = metrics::read(&config.run.directory.join("metrics.jsonl")).unwrap();
-    let timeless = |record| match record {
-        Record::Train(report) => Record::Train(StepReport {
-            tokens_per_second: None,
-            memory_bytes: None,
-            ..report
-        }),
-        validation => validation,
-    };
-    records.into_iter().map(timeless).collect()
+    records.into_iter().map(Record::lasting).collect()
 }
 
 /// A rank dies at some message or other: the run ends at once, what was saved is whole, and a resumed run repeats the

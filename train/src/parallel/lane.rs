@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::mpsc::{Receiver, Sender, channel},
     thread::{self, JoinHandle},
 };
@@ -20,7 +21,7 @@ pub struct Lane {
 /// A result on its way.
 #[derive(Debug)]
 pub struct Pending<T> {
-    result: Receiver<Result<T, CommError>>,
+    result: Receiver<thread::Result<Result<T, CommError>>>,
     rank: usize,
 }
 
@@ -52,7 +53,7 @@ impl Lane {
         let (done, result) = channel();
         let job = Box::new(move |group: &dyn Communicator| {
             // Nobody waits for it any more if this fails.
-            let _ = done.send(job(group));
+            let _ = done.send(catch_unwind(AssertUnwindSafe(|| job(group))));
         });
         if let Some(jobs) = &self.jobs {
             // If the thread is gone, the result never comes: `finish` tells.
@@ -68,13 +69,17 @@ impl<T> Pending<T> {
     ///
     /// # Errors
     /// That of the job, or that its thread has ended.
+    ///
+    /// # Panics
+    /// If the job has.
     pub fn finish(self) -> Result<T, CommError> {
         let ended = |_| CommError::Library {
             rank: self.rank,
             call: "communication thread",
             message: "has ended".into(),
         };
-        self.result.recv().map_err(ended)?
+        let result = self.result.recv().map_err(ended)?;
+        result.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }
 

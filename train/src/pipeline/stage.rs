@@ -11,7 +11,7 @@ use deepburn_model::{
     attention::AttentionMask,
     layer::{DecoderLayer, FeedForward},
     loss::head_cross_entropy,
-    moe::Router,
+    moe::{Router, TokenDispatcher},
     mtp::{MtpModule, MtpOutput},
     norm::RmsNorm,
     projection::{Arithmetic, Projection},
@@ -20,10 +20,7 @@ use deepburn_model::{
 };
 
 use super::layout::{Layout, Piece, Stage};
-use crate::{
-    parallel::ExpertDispatch,
-    step::{self, LossWeights, Predictor, Windows},
-};
+use crate::step::{self, LossWeights, Predictor, Windows};
 
 /// The pieces of a model that are on one rank. Its parameters are those of the model and keep their identity, by which
 /// their names are known (see [`Registry`](deepburn_model::parameters::Registry)).
@@ -100,15 +97,16 @@ impl Part {
     /// This part as one of several that share the routed experts of every layer: it keeps those in `own`, and
     /// `dispatcher` brings tokens to the others.
     #[must_use]
-    pub fn with_experts(self, own: &Range<usize>, dispatcher: &Arc<ExpertDispatch>) -> Self {
-        let layer = |layer: DecoderLayer| layer.with_experts(own.clone(), dispatcher.clone());
-        let mtp = self.mtp.into_iter().map(|module| MtpModule {
-            block: layer(module.block),
-            ..module
-        });
+    pub fn with_experts(self, own: &Range<usize>, dispatcher: &Arc<dyn TokenDispatcher>) -> Self {
+        let layers = self.layers.into_iter();
+        let mtp = self.mtp.into_iter();
         Self {
-            mtp: mtp.collect(),
-            layers: self.layers.into_iter().map(layer).collect(),
+            layers: layers
+                .map(|layer| layer.with_experts(own, dispatcher))
+                .collect(),
+            mtp: mtp
+                .map(|module| module.with_experts(own, dispatcher))
+                .collect(),
             ..self
         }
     }

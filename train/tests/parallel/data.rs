@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData},
 };
 use deepburn_model::{
-    config::ModelConfig, layer::FeedForward, loss::BalanceReading, parameters::Registry,
-    transformer::Transformer,
+    config::ModelConfig, layer::FeedForward, loss::BalanceReading, moe::TokenDispatcher,
+    parameters::Registry, transformer::Transformer,
 };
 use deepburn_train::{
     config::OptimizerConfig,
@@ -134,7 +134,8 @@ fn together(mesh: Mesh, nodes: &[usize]) -> Vec<Vec<Trace>> {
         let (experts, groups) = (config.n_routed_experts, config.n_group);
         let placement = ExpertPlacement::new(experts, groups, expert_group.nodes()).unwrap();
         let dispatch = ExpertDispatch::new(&*expert_group, placement, Wire::F32).unwrap();
-        let mut model = model().with_experts(&dispatch.own(), || Arc::new(dispatch.clone()));
+        let dispatcher: Arc<dyn TokenDispatcher> = Arc::new(dispatch.clone());
+        let mut model = model().with_experts(&dispatch.own(), &dispatcher);
         let dense = mesh.split(&world, Group::Dense).unwrap();
         let replicas = mesh.split(&world, Group::Replicas).unwrap();
         let group_of = |path: &str| usize::from(is_routed_expert(path));
