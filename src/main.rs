@@ -19,6 +19,7 @@ mod plan;
 mod progress;
 mod ranks;
 mod serve;
+mod signals;
 mod step_lines;
 mod train;
 mod verify;

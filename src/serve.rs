@@ -4,7 +4,6 @@ use std::{
     net::{IpAddr, TcpListener},
     path::Path,
     process::ExitCode,
-    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -16,7 +15,7 @@ use deepburn_infer::{
 };
 use tokio::sync::watch;
 
-use crate::{INTERRUPTED, generate::positive, model_service::ModelArgs, print_now};
+use crate::{generate::positive, model_service::ModelArgs, print_now, signals::at_first_signal};
 
 const API_KEY: &str = "DEEPBURN_API_KEY";
 
@@ -136,18 +135,13 @@ fn name(dir: &Path) -> String {
     )
 }
 
-/// Becomes true at the first signal; the second ends the process.
+/// Becomes true at the first signal; a second ends the process.
 fn stop_on_ctrl_c() -> anyhow::Result<watch::Receiver<bool>> {
-    static ASKED: AtomicBool = AtomicBool::new(false);
     let (sender, receiver) = watch::channel(false);
-    ctrlc::set_handler(move || {
-        if ASKED.swap(true, Ordering::Relaxed) {
-            std::process::exit(i32::from(INTERRUPTED));
-        }
+    at_first_signal(move || {
         eprintln!("stopping after the answers under way; once more to stop at once");
         sender.send_replace(true);
-    })
-    .context("cannot listen for Ctrl-C")?;
+    })?;
     Ok(receiver)
 }
 

@@ -1,17 +1,7 @@
 //! `deepburn train`: prepares data, trains, and says where the result is.
 
-use std::{
-    io::IsTerminal,
-    path::PathBuf,
-    process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
-use anyhow::Context;
 use burn::train::{Interrupter, renderer::MetricsRenderer};
 use deepburn_train::{
     config::TrainConfig,
@@ -21,7 +11,10 @@ use deepburn_train::{
     run::{self, RunOptions, RunSummary, TrainError},
 };
 
-use crate::{INTERRUPTED, device::DeviceSpec, progress::Progress, ranks, step_lines::StepLines};
+use crate::{
+    INTERRUPTED, device::DeviceSpec, progress::Progress, ranks, signals::at_first_signal,
+    step_lines::StepLines,
+};
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
@@ -174,21 +167,16 @@ fn describe(config: &TrainConfig, baseline: entropy::Entropy) {
     }
 }
 
-/// The first Ctrl-C asks for a checkpoint after the step under way, the second ends the process.
+/// The first Ctrl-C asks for a checkpoint after the step under way, a second ends the process.
 fn stop_on_ctrl_c(
     interrupter: &Interrupter,
     asked: impl Fn() + Send + 'static,
 ) -> anyhow::Result<()> {
-    static ASKED: AtomicBool = AtomicBool::new(false);
     let interrupter = interrupter.clone();
-    ctrlc::set_handler(move || {
-        if ASKED.swap(true, Ordering::Relaxed) {
-            std::process::exit(i32::from(INTERRUPTED));
-        }
+    at_first_signal(move || {
         asked();
         interrupter.stop(Some("Ctrl-C"));
     })
-    .context("cannot listen for Ctrl-C")
 }
 
 fn finish(config: &TrainConfig, summary: &RunSummary, baseline: entropy::Entropy) {

@@ -222,6 +222,8 @@ fn a_served_model_answers_logs_and_ends_after_its_answers() {
         let mut begin = [0; 500];
         running.read_exact(&mut begin).unwrap();
         server.signal(signal);
+        // As `timeout` does.
+        server.signal(signal);
         let mut rest = String::new();
         running.read_to_string(&mut rest).unwrap();
         assert!(rest.contains("data: [DONE]"), "{rest}");
