@@ -49,9 +49,11 @@ def arguments():
 
 def planned(args):
     """Name and own settings of every run."""
-    runs = {precision: [f"precision={precision}"] for precision in PRECISIONS}
+    runs = {"fp32": ["precision=fp32"]}
     if args.control:
+        # Before the long ones: at settings where it differs much, they show nothing.
         runs["control"] = ["precision=fp32", args.control]
+    runs |= {precision: [f"precision={precision}"] for precision in PRECISIONS[1:]}
     for name in args.ablations:
         runs[name] = ["precision=fp8", f"ablation.fp8={name}"]
     return runs
