@@ -229,7 +229,8 @@ impl CompactMatrices {
         let width = out.len() / rows;
         match &self.storage {
             Storage::Bf16(numbers) => {
-                let weights = rows_of(&numbers[at], width);
+                let elements = &numbers[at];
+                let weights = Weights { elements, width };
                 add_few_rows(Matrix::of(x, rows, inner), weights, widen_bf16, out);
             }
             Storage::Fp8 { codes, .. } => {
@@ -238,7 +239,11 @@ impl CompactMatrices {
                     let x = &x[tile * TILE..];
                     let x = Matrix::strided(x, rows, codes.len() / width, inner);
                     sums.fill(0.0);
-                    add_few_rows(x, rows_of(codes, width), widen_e4m3, &mut sums);
+                    let weights = Weights {
+                        elements: codes,
+                        width,
+                    };
+                    add_few_rows(x, weights, widen_e4m3, &mut sums);
                     let scale = self.scale(matrix, tile, panel);
                     for (out, sum) in out.iter_mut().zip(&sums) {
                         *out += sum * scale;
@@ -279,14 +284,6 @@ impl CompactMatrices {
             Storage::Bf16(_) => 1.0,
             Storage::Fp8 { scales, .. } => scales[(matrix * down + tile) * across + panel],
         }
-    }
-}
-
-fn rows_of<S>(elements: &[S], width: usize) -> Weights<'_, S> {
-    Weights {
-        elements,
-        stride: width,
-        width,
     }
 }
 

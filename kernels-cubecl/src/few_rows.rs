@@ -1,17 +1,13 @@
-//! A few rows times a matrix of weights that is read once, as it lies in memory: what decoding consists of.
+//! A few rows times a matrix of weights in a compact format, which are widened on the way.
 //!
-//! General products copy the matrix into another order first, which pays from some ten rows on.
+//! Weights in single precision are left to the gemm crate, which is faster by half for one row.
 
-use crate::{flex::Scalar, gemm::Matrix, vector::vectorized};
+use crate::{gemm::Matrix, vector::vectorized};
 
-/// Rows up to which these products are faster than general ones.
-pub(crate) const FEW: usize = 12;
-
-/// Rows of `width` neighbouring weights, `stride` apart.
+/// Rows of `width` weights.
 #[derive(Clone, Copy)]
 pub(crate) struct Weights<'a, S> {
     pub(crate) elements: &'a [S],
-    pub(crate) stride: usize,
     pub(crate) width: usize,
 }
 
@@ -19,21 +15,21 @@ pub(crate) struct Weights<'a, S> {
 ///
 /// # Panics
 /// If sizes do not fit, or the elements of a row of `x` are not neighbours.
-pub(crate) fn add_few_rows<S: Copy, T: Scalar>(
-    x: Matrix<'_, T>,
+pub(crate) fn add_few_rows<S: Copy>(
+    x: Matrix<'_, f32>,
     weights: Weights<'_, S>,
-    widen: impl Fn(S) -> T + Copy,
-    out: &mut [T],
+    widen: impl Fn(S) -> f32 + Copy,
+    out: &mut [f32],
 ) {
     let mut out = out.chunks_exact_mut(weights.width);
     let mut first = 0;
     for rows in [8, 4, 2, 1] {
         while out.len() >= rows {
             match rows {
-                8 => add::<8, S, T>(x, first, weights, widen, &mut out),
-                4 => add::<4, S, T>(x, first, weights, widen, &mut out),
-                2 => add::<2, S, T>(x, first, weights, widen, &mut out),
-                _ => add::<1, S, T>(x, first, weights, widen, &mut out),
+                8 => add::<8, S>(x, first, weights, widen, &mut out),
+                4 => add::<4, S>(x, first, weights, widen, &mut out),
+                2 => add::<2, S>(x, first, weights, widen, &mut out),
+                _ => add::<1, S>(x, first, weights, widen, &mut out),
             }
             first += rows;
         }
@@ -41,17 +37,18 @@ pub(crate) fn add_few_rows<S: Copy, T: Scalar>(
 }
 
 /// The next `R` rows, which share the widened weights.
-fn add<'a, const R: usize, S: Copy, T: Scalar>(
-    x: Matrix<'_, T>,
+fn add<'a, const R: usize, S: Copy>(
+    x: Matrix<'_, f32>,
     first: usize,
     weights: Weights<'_, S>,
-    widen: impl Fn(S) -> T + Copy,
-    out: &mut impl Iterator<Item = &'a mut [T]>,
+    widen: impl Fn(S) -> f32 + Copy,
+    out: &mut impl Iterator<Item = &'a mut [f32]>,
 ) {
-    let x: [&[T]; R] = std::array::from_fn(|row| x.row(first + row));
-    let mut out: [&mut [T]; R] = std::array::from_fn(|_| out.next().expect("as many as are left"));
+    let x: [&[f32]; R] = std::array::from_fn(|row| x.row(first + row));
+    let mut out: [&mut [f32]; R] =
+        std::array::from_fn(|_| out.next().expect("as many as are left"));
     let inner = x[0].len();
-    let row = |k: usize| &weights.elements[k * weights.stride..][..weights.width];
+    let row = |k: usize| &weights.elements[k * weights.width..][..weights.width];
     vectorized(|| {
         let whole = inner / 4 * 4;
         for k in (0..whole).step_by(4) {
@@ -71,11 +68,11 @@ fn add<'a, const R: usize, S: Copy, T: Scalar>(
 
 /// Four rows of weights, each with its own factor for every row of the result.
 #[inline(always)]
-fn add_four<const R: usize, S: Copy, T: Scalar>(
-    x: &[[T; 4]; R],
+fn add_four<const R: usize, S: Copy>(
+    x: &[[f32; 4]; R],
     [a, b, c, d]: [&[S]; 4],
-    widen: impl Fn(S) -> T,
-    out: &mut [&mut [T]; R],
+    widen: impl Fn(S) -> f32,
+    out: &mut [&mut [f32]; R],
 ) {
     let width = a.len();
     let (b, c, d) = (&b[..width], &c[..width], &d[..width]);

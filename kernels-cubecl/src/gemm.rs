@@ -4,11 +4,7 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use crate::{
-    few_rows::{FEW, Weights, add_few_rows},
-    flex::Scalar,
-    parts::{Panel, by_panels},
-};
+use crate::flex::Scalar;
 
 /// A matrix seen in a slice.
 #[derive(Clone, Copy)]
@@ -82,15 +78,6 @@ impl<'a, T> Matrix<'a, T> {
         &self.elements[row * self.row_stride..][..self.columns]
     }
 
-    /// Columns whose elements are neighbours.
-    fn columns(self, columns: std::ops::Range<usize>) -> Weights<'a, T> {
-        Weights {
-            elements: &self.elements[columns.start.min(self.elements.len())..],
-            stride: self.row_stride,
-            width: columns.len(),
-        }
-    }
-
     pub(crate) fn transposed(self) -> Self {
         Self {
             elements: self.elements,
@@ -111,17 +98,8 @@ pub(crate) enum Into {
     Add,
 }
 
-/// Whether a product is of few rows and reads `b` as it lies in memory.
-fn is_few_rows<T>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> bool {
-    a.rows <= FEW && a.column_stride == 1 && b.column_stride == 1 && a.columns > 0 && b.columns > 1
-}
-
 /// `a b`, row-major, computed by all threads.
 pub(crate) fn product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
-    assert_eq!(a.columns, b.rows, "inner sizes differ");
-    if is_few_rows(a, b) {
-        return few_rows_product(a, b);
-    }
     let length = a.rows * b.columns;
     let mut out = Vec::with_capacity(length);
     by_rows(a, b, &mut out.spare_capacity_mut()[..length], multiply_into);
@@ -131,27 +109,6 @@ pub(crate) fn product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
         out.set_len(length);
     }
     out
-}
-
-/// As [`product`] for few rows, with bands of columns for the threads.
-fn few_rows_product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
-    /// Columns of a band.
-    const BAND: usize = 256;
-    /// Elements of the matrix that are worth waking another thread for.
-    const WORTH: usize = 1 << 15;
-    let band = if b.rows * b.columns < WORTH {
-        b.columns
-    } else {
-        BAND
-    };
-    let bands = (0..b.columns).step_by(band).map(|start| Panel {
-        rows: 0..a.rows,
-        columns: start..b.columns.min(start + band),
-    });
-    let bands: Vec<Panel> = bands.collect();
-    by_panels([a.rows, b.columns], &bands, |at, out| {
-        add_few_rows(a, b.columns(bands[at].columns.clone()), |w| w, out);
-    })
 }
 
 /// `out += a b` by all threads.
@@ -184,14 +141,7 @@ fn by_rows<T: Scalar, O: Send>(
 
 /// `out = a b` or `out += a b`, row-major and without gaps, on the calling thread.
 pub(crate) fn multiply<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut [T], into: Into) {
-    assert_eq!(a.columns, b.rows, "inner sizes differ");
     assert_eq!(out.len(), a.rows * b.columns, "the result has another size");
-    if is_few_rows(a, b) {
-        if into == Into::Replace {
-            out.fill(T::ZERO);
-        }
-        return add_few_rows(a, b.columns(0..b.columns), |w| w, out);
-    }
     call(a, b, out.as_mut_ptr(), into);
 }
 
