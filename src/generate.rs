@@ -268,6 +268,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         return Err(error).context("cannot write to standard output");
     }
     eprint!("{}", statistics(&generated.summary, &engine.config));
+    if config.speculate == Speculation::Auto {
+        eprintln!("auto:   {}", generated.speculation);
+    }
     Ok(ExitCode::SUCCESS)
 }
 

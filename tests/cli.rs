@@ -360,6 +360,7 @@ fn drafts_change_no_greedy_text_and_are_counted() {
         assert_eq!(String::from_utf8(output.stdout).unwrap(), plain, "{depth}");
         let errors = String::from_utf8(output.stderr).unwrap();
         contains(&errors, &["drafts: ", " accepted (", " tokens per step"]);
+        assert_eq!(errors.contains("auto:   being measured\n"), depth == "auto");
     }
     let without = fixture("tiny-yarn");
     let without = without.to_str().unwrap();

@@ -20,7 +20,7 @@ use crate::{
     batch::{self, BatchConfig, Request},
     penalties::Penalties,
     sampler::{SamplerConfig, SamplerError},
-    speculation::Drafts,
+    speculation::{Drafts, SpeculationState},
     text::TextError,
 };
 
@@ -108,6 +108,8 @@ pub struct Generated {
     pub tokens: Vec<u32>,
     /// Counts and times.
     pub summary: Summary,
+    /// Whether tokens were drafted at the end.
+    pub speculation: SpeculationState,
 }
 
 /// How a text was made.

@@ -1,5 +1,7 @@
 //! Speculative decoding with the multi-token prediction modules (report section 5.4.3).
 
+use std::fmt;
+
 /// Whether tokens are drafted ahead of the model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Speculation {
@@ -61,6 +63,28 @@ pub enum SpeculationState {
         /// Without.
         without: f64,
     },
+}
+
+impl fmt::Display for SpeculationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::NoModules => f.write_str("off: the model has no prediction modules"),
+            Self::On { depth } => write!(f, "{depth} tokens per step"),
+            Self::Measuring => f.write_str("being measured"),
+            Self::Measured {
+                kept,
+                with,
+                without,
+            } => write!(
+                f,
+                "{}: {:.1} ms per token with, {:.1} without",
+                if *kept { "on" } else { "off" },
+                with * 1e3,
+                without * 1e3
+            ),
+        }
+    }
 }
 
 impl std::ops::AddAssign for Drafts {

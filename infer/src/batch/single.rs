@@ -16,7 +16,7 @@ pub fn generate(
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generated, EngineError> {
     let (mut text, mut tokens, mut result) = (String::new(), Vec::new(), None);
-    {
+    let speculation = {
         let mut batch = Batch::new(engine, config);
         let listener = |event| match event {
             Event::Piece {
@@ -43,11 +43,13 @@ pub fn generate(
         while !batch.is_idle() {
             batch.step();
         }
-    }
+        batch.speculation()
+    };
     let summary = result.expect("a text that is over was told so")?;
     Ok(Generated {
         text,
         tokens,
         summary,
+        speculation,
     })
 }

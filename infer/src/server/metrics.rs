@@ -1,7 +1,7 @@
 //! What the server tells about itself: to Prometheus, to its page, and to whoever asks whether it lives.
 
 use std::{
-    fmt::{Error, Write as _},
+    fmt::Error,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -25,7 +25,7 @@ use prometheus_client::{
 use serde_json::{Value, json};
 
 use super::{Server, error::ApiError};
-use crate::service::{Service, SpeculationState};
+use crate::service::Service;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Answered {
@@ -175,34 +175,11 @@ pub(super) async fn stats(State(server): State<Arc<Server>>) -> Response {
         "tokens_per_second": now.tokens_per_second,
         "cached_tokens": now.cached_tokens,
         "cache_capacity": now.cache_capacity,
-        "speculation": speculation(now.speculation),
+        "speculation": now.speculation.to_string(),
         "draft_acceptance": now.drafts.acceptance(),
         "expert_loads": now.expert_loads.iter().map(|layer| relative(layer)).collect::<Vec<_>>(),
     });
     super::json(StatusCode::OK, &body)
-}
-
-fn speculation(state: SpeculationState) -> String {
-    let mut text = String::new();
-    let written = match state {
-        SpeculationState::Off => write!(text, "off"),
-        SpeculationState::NoModules => write!(text, "off: the model has no prediction modules"),
-        SpeculationState::On { depth } => write!(text, "{depth} tokens per step"),
-        SpeculationState::Measuring => write!(text, "being measured"),
-        SpeculationState::Measured {
-            kept,
-            with,
-            without,
-        } => write!(
-            text,
-            "{}: {:.1} ms per token with, {:.1} without",
-            if kept { "on" } else { "off" },
-            with * 1e3,
-            without * 1e3
-        ),
-    };
-    written.expect("writing to a string does not fail");
-    text
 }
 
 /// Loads over their mean; all zero as long as there were no tokens.
