@@ -13,7 +13,7 @@ import json
 import pathlib
 import subprocess
 
-from peer import ROOT, build, processor, run
+from peer import ROOT, build, commit, processor, run
 
 EXPERTS = [8, 16, 32, 64, 128, 256]
 TRAINING = ["--batches", "0", "--steps", "3"]
@@ -63,8 +63,7 @@ def main():
             points.append({"size": size, "rate": next(iter(rates.values())), "peak_mib": peak})
         found.append((kind, name, points))
 
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
-    write({"commit": commit, "processor": processor(), "threads": args.threads, "series": found}, args.out)
+    write({"commit": commit(), "processor": processor(), "threads": args.threads, "series": found}, args.out)
 
 
 def write(record, out):

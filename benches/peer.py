@@ -47,6 +47,10 @@ def run(command, threads):
     return found, usage.ru_maxrss >> 10, load
 
 
+def commit():
+    return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+
+
 def processor():
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
@@ -75,13 +79,13 @@ def main():
     versions = subprocess.check_output(
         [sys.executable, "-c", "import torch, transformers; print('torch', torch.__version__ + ', transformers', transformers.__version__)"],
         text=True).strip()
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+    at = commit()
     load = max(load for rounds in runs.values() for _, _, load in rounds)
     names = list(commands)
     lines = [
         "# Deepburn and PyTorch at one shape",
         "",
-        f"[peer.py](../../peer.py) at commit {commit}: {args.rounds} rounds, {args.threads} threads of {processor()}, "
+        f"[peer.py](../../peer.py) at commit {at}: {args.rounds} rounds, {args.threads} threads of {processor()}, "
         f"{versions}; one-minute load before a run at most {load:.1f}.",
         "Shape: configs/model/bench-24m.json, training 8 x 256 tokens a step, greedy decoding after 32 tokens, single precision.",
         "",
@@ -100,7 +104,7 @@ def main():
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "peer.md").write_text(text)
-        record = {"commit": commit, "processor": processor(), "versions": versions, "threads": args.threads, "runs": runs}
+        record = {"commit": at, "processor": processor(), "versions": versions, "threads": args.threads, "runs": runs}
         (args.out / "peer.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

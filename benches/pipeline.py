@@ -18,17 +18,12 @@ import statistics
 import subprocess
 import tempfile
 
-from peer import ROOT, processor
+from peer import ROOT, commit, processor
+from precision import program
 
 SCHEDULES = ["1f1b", "zb1p", "dualpipe", "dualpipe-v"]
 MICRO_BATCHES = 8
 WARM_UP = 2
-
-
-def program():
-    command = ["cargo", "build", "--locked", "--release", "--workspace", "--bins", "--features", "mpi", "--message-format", "json"]
-    lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    return next(message["executable"] for message in map(json.loads, lines) if message.get("executable"))
 
 
 def rate(args, ranks, threads, settings):
@@ -72,18 +67,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="for all runs")
     args = parser.parse_args()
-    args.program = args.program or program()
+    args.program = args.program or program("--features", "mpi")
     cases = {"one process, 1 thread": (1, 1, []), "one process, 2 threads": (1, 2, [])}
     for schedule in SCHEDULES:
         cases[schedule] = (2, 1, ["parallel.pipeline=2", f'parallel.schedule="{schedule}"'])
     rounds = [{name: rate(args, *case) for name, case in cases.items()} for _ in range(args.rounds)]
     rates = {name: statistics.median(found[name] for found in rounds) for name in cases}
     one = rates["one process, 1 thread"]
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+    at = commit()
     lines = [
         "# Two pipeline ranks on two cores",
         "",
-        f"[pipeline.py](../../pipeline.py) at commit {commit}: configs/train/quickstart.toml, {MICRO_BATCHES} micro-batches of "
+        f"[pipeline.py](../../pipeline.py) at commit {at}: configs/train/quickstart.toml, {MICRO_BATCHES} micro-batches of "
         f"2 x 256 tokens, {args.steps} steps, {args.rounds} rounds, {processor()}.",
         "",
         "| | tokens/s | steps/s | efficiency | simulator |",
@@ -95,7 +90,7 @@ def main():
         lines.append(f"| {name} | {found:.0f} | {found / (MICRO_BATCHES * 2 * 256):.2f} | {found / (threads * one):.1%} | {simulated} |")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "pipeline.md").write_text("\n".join(lines) + "\n")
-    (args.out / "pipeline.json").write_text(json.dumps({"commit": commit, "rounds": rounds}, indent=1) + "\n")
+    (args.out / "pipeline.json").write_text(json.dumps({"commit": at, "rounds": rounds}, indent=1) + "\n")
     print("\n".join(lines))
 
 

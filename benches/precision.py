@@ -20,7 +20,8 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from peer import ROOT, commit
+
 PRECISIONS = ["fp32", "bf16", "fp8"]
 ABLATIONS = ["per-tensor", "e5m2-weights", "no-promotion"]
 COLOURS = ["#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
@@ -70,8 +71,8 @@ def shared(args):
     return [f"{key}={value}" for key, value in given.items() if value is not None] + args.settings
 
 
-def program():
-    command = ["cargo", "build", "--locked", "--release", "--workspace", "--bins", "--message-format", "json"]
+def program(*options):
+    command = ["cargo", "build", "--locked", "--release", "--workspace", "--bins", *options, "--message-format", "json"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     return next(message["executable"] for message in map(json.loads, lines) if message.get("executable"))
 
@@ -137,11 +138,10 @@ def table(args, curves):
 
 
 def report(args, curves):
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     lines = [
         "# Training in three precisions",
         "",
-        f"[precision.py](../../precision.py) at commit {commit}: configs/train/precision.toml with `{' '.join(shared(args))}`, "
+        f"[precision.py](../../precision.py) at commit {commit()}: configs/train/precision.toml with `{' '.join(shared(args))}`, "
         f"same seed and data, on the CPU. Relative differences of the smoothed next-token loss from step {FROM} on; the "
         f"report's bound for FP8 against BF16 is {BOUND:.2%}.",
         "",
