@@ -7,30 +7,29 @@ use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
     tensor::{Device, Tensor},
 };
-use deepburn_model::transformer::Transformer;
 
-/// An average of a model's parameters over steps.
+/// An average of the parameters of a model, or of a rank's part of one, over steps.
 ///
 /// It begins with the parameters themselves; after each step it is `decay` of what it was and `1 - decay` of what they
 /// are, in single precision.
 #[derive(Debug)]
-pub struct Average {
+pub struct Average<M: Module> {
     decay: f64,
-    state: State,
+    state: State<M>,
 }
 
 #[derive(Debug)]
-enum State {
-    Still(Box<Transformer>),
+enum State<M> {
+    Still(Box<M>),
     /// A thread is bringing it up to date.
-    Moving(JoinHandle<Transformer>),
+    Moving(JoinHandle<M>),
     /// Only while it changes hands.
     Taken,
 }
 
-impl Average {
+impl<M: Module + 'static> Average<M> {
     /// An average that begins, or goes on, with the parameters of `model`.
-    pub fn new(model: Transformer, decay: f64) -> Self {
+    pub fn new(model: M, decay: f64) -> Self {
         let model = Box::new(model.to_device(&Device::flex()));
         Self {
             decay,
@@ -42,14 +41,18 @@ impl Average {
     ///
     /// `model` is without autodiff. Its tensors are shared, not copied: an optimizer that updates in place copies what is
     /// still being read.
-    pub fn update(&mut self, model: Transformer) {
+    pub fn update(&mut self, model: M) {
         let (average, decay) = (self.take(), self.decay);
-        let moved = move || moved(average, &model, decay);
+        let moved = move || {
+            zipped(average, &model, |average, weight| {
+                average * decay + weight * (1.0 - decay)
+            })
+        };
         self.state = State::Moving(std::thread::spawn(moved));
     }
 
     /// The average of all that was taken in.
-    pub fn model(&mut self) -> &Transformer {
+    pub fn model(&mut self) -> &M {
         self.state = State::Still(Box::new(self.take()));
         match &self.state {
             State::Still(model) => model,
@@ -57,7 +60,7 @@ impl Average {
         }
     }
 
-    fn take(&mut self) -> Transformer {
+    fn take(&mut self) -> M {
         match std::mem::replace(&mut self.state, State::Taken) {
             State::Still(model) => *model,
             State::Moving(thread) => match thread.join() {
@@ -69,44 +72,57 @@ impl Average {
     }
 }
 
-/// The average after a step that led to `model`.
-fn moved(average: Transformer, model: &Transformer, decay: f64) -> Transformer {
-    /// Parameters in the order of the modules, as vectors: the rank of each is a type.
-    struct Weights(VecDeque<Tensor<1>>);
+/// Waits for its thread, which may hold what has to end before the run does.
+impl<M: Module> Drop for Average<M> {
+    fn drop(&mut self) {
+        if let State::Moving(thread) = std::mem::replace(&mut self.state, State::Taken) {
+            // What it panicked with has been printed.
+            let _ = thread.join();
+        }
+    }
+}
 
-    impl ModuleVisitor for Weights {
+/// The parameters of `module` with the values of another's of the same shape.
+pub(crate) fn with_values<M: Module>(module: M, values: &M) -> M {
+    zipped(module, values, |_, value| value)
+}
+
+/// What `f` makes of each parameter and that of another module of the same shape, both as vectors.
+fn zipped<M: Module>(module: M, other: &M, f: impl Fn(Tensor<1>, Tensor<1>) -> Tensor<1>) -> M {
+    /// Parameters in the order of the modules, as vectors: the rank of each is a type.
+    struct Others(VecDeque<Tensor<1>>);
+
+    impl ModuleVisitor for Others {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             self.0.push_back(param.val().reshape([-1]));
         }
     }
 
-    struct Mover {
-        weights: VecDeque<Tensor<1>>,
-        decay: f64,
+    struct Zip<F> {
+        others: VecDeque<Tensor<1>>,
+        f: F,
     }
 
-    impl ModuleMapper for Mover {
+    impl<F: Fn(Tensor<1>, Tensor<1>) -> Tensor<1>> ModuleMapper for Zip<F> {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let weight = self.weights.pop_front().expect("models of one shape");
-            param.map(|average| {
-                let weight = Tensor::<1>::from_data(weight.into_data(), &average.device());
-                let weight = weight.reshape(average.dims());
-                average * self.decay + weight * (1.0 - self.decay)
+            let other = self.others.pop_front().expect("modules of one shape");
+            param.map(|value| {
+                let other = Tensor::<1>::from_data(other.into_data(), &value.device());
+                let shape = value.dims();
+                (self.f)(value.reshape([-1]), other).reshape(shape)
             })
         }
     }
 
-    let mut weights = Weights(VecDeque::new());
-    model.visit(&mut weights);
-    average.map(&mut Mover {
-        weights: weights.0,
-        decay,
-    })
+    let mut others = Others(VecDeque::new());
+    other.visit(&mut others);
+    let others = others.0;
+    module.map(&mut Zip { others, f })
 }
 
 #[cfg(test)]
 mod tests {
-    use deepburn_model::checkpoint::hf_config;
+    use deepburn_model::{checkpoint::hf_config, transformer::Transformer};
 
     use super::*;
 

@@ -1,18 +1,8 @@
 //! A run of several ranks: that they agree on what to do, what each of them does, and how it ends when one cannot go on.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex},
-    thread,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, thread, time::Duration};
 
-use burn::{
-    data::dataloader::DataLoader,
-    module::Module,
-    tensor::Device,
-    train::{Interrupter, Learner},
-};
+use burn::{data::dataloader::DataLoader, module::Module, tensor::Device, train::Interrupter};
 use deepburn_model::{
     checkpoint::{self, hf_config},
     config::ModelConfig,
@@ -23,6 +13,7 @@ use deepburn_model::{
 use sha2::{Digest, Sha256};
 
 use crate::{
+    average::{Average, with_values},
     config::TrainConfig,
     data::Prepared,
     learner::Exchange,
@@ -36,8 +27,8 @@ use crate::{
         trainee::{Arrangement, Rank, RankTrainee},
     },
     run::{self, Beginning, RunOptions, RunSummary, TrainError},
-    shards,
-    strategy::{Plan, Run},
+    shards, state,
+    strategy::{Plan, Run, Training},
 };
 
 /// What every rank is given.
@@ -133,8 +124,8 @@ fn take_part(
     options: Option<RunOptions>,
 ) -> Result<RunSummary, TrainError> {
     let result = enter(world.as_ref(), job).and_then(|(beginning, arrangement)| {
-        let (rank, learner) = set_up(world.clone(), arrangement, job, &beginning)?;
-        train(&rank, learner, job, beginning, options)
+        let (rank, training) = set_up(world.clone(), arrangement, job, &beginning)?;
+        train(&rank, training, job, beginning, options)
     });
     if let Err(error) = &result {
         world.abort(&error.to_string());
@@ -181,6 +172,7 @@ fn arrange(job: &Job<'_>) -> Result<Arrangement, TrainError> {
         sequences: job.config.batch.sequences,
         micro_batches: job.config.batch.accumulation,
         recompute: parallel.recompute,
+        overlap: parallel.overlap,
     })
 }
 
@@ -241,13 +233,13 @@ fn agree(world: &dyn Communicator, facts: &BTreeMap<String, String>) -> Result<(
     Ok(())
 }
 
-/// A rank's part of the model, at the start or as it was saved, and what trains it.
+/// A rank's part of the model, at the start or as it was saved, what trains it, and the average of its weights.
 fn set_up(
     world: Arc<dyn Communicator>,
     arrangement: Arrangement,
     job: &Job<'_>,
     beginning: &Beginning,
-) -> Result<(Rank, Learner<RankTrainee>), TrainError> {
+) -> Result<(Rank, Training<RankTrainee>), TrainError> {
     let Job {
         config,
         shape,
@@ -266,12 +258,28 @@ fn set_up(
         }
     };
     let registry = Registry::of(&whole);
-    let mut part = Part::cut(whole.with_arithmetic(config.arithmetic()), &layout, place);
     let dispatch = expert_dispatch(world.as_ref(), &arrangement, config.precision.wire())?;
-    if let Some(dispatch) = &dispatch {
-        let dispatcher: Arc<dyn TokenDispatcher> = Arc::new(dispatch.clone());
-        part = part.with_experts(&dispatch.own(), &dispatcher);
-    }
+    let cut = |whole: Transformer| {
+        let part = Part::cut(whole.with_arithmetic(config.arithmetic()), &layout, place);
+        match &dispatch {
+            Some(dispatch) => {
+                let dispatcher: Arc<dyn TokenDispatcher> = Arc::new(dispatch.clone());
+                part.with_experts(&dispatch.own(), &dispatcher)
+            }
+            None => part,
+        }
+    };
+    let part = cut(whole);
+    let average = match (config.ema, beginning.checkpoint()) {
+        (None, _) => None,
+        (Some(ema), None) => Some(Average::new(part.clone(), ema.decay)),
+        (Some(ema), Some(path)) => {
+            let path = path.join(state::AVERAGE);
+            let (_, saved) = checkpoint::load_parts(&path, &Device::flex(), &holds)?;
+            let saved = with_values(part.clone(), &cut(saved));
+            Some(Average::new(saved, ema.decay))
+        }
+    };
     let part = part.train();
     let rank = Rank::new(world, arrangement, (&part, registry), dispatch)?;
     let record = beginning.checkpoint().map(|path| {
@@ -282,7 +290,7 @@ fn set_up(
     let exchange = Exchange::new(run::settings(config, done));
     let trainee = RankTrainee::new(part, rank.clone(), exchange);
     let learner = run::learner(trainee, config, done, record.transpose()?);
-    Ok((rank, learner))
+    Ok((rank, Training { learner, average }))
 }
 
 /// What brings tokens to the experts of a layer where these are divided among ranks.
@@ -303,7 +311,7 @@ fn expert_dispatch(
 
 fn train(
     rank: &Rank,
-    mut learner: Learner<RankTrainee>,
+    mut training: Training<RankTrainee>,
     job: &Job<'_>,
     beginning: Beginning,
     options: Option<RunOptions>,
@@ -324,21 +332,20 @@ fn train(
         batches: 1,
         done,
         history: beginning.history(),
-        average: Mutex::new(None),
         outcome: run::outcome(done),
     };
     if let Some(options) = options {
-        return run::lead(plan, learner, (train, valid), options);
+        return run::lead(plan, training, (train, valid), options);
     }
-    learner.fork(&device.clone().autodiff());
+    training.learner.fork(&device.clone().autodiff());
     let mut steps = Run {
         plan: &plan,
         interrupter: job.interrupter.clone(),
         events: None,
-        learner,
+        learner: training.learner,
         valid: Arc::new(valid),
         history: plan.history.clone(),
-        average: None,
+        average: training.average,
     };
     steps.steps(train.iter())?;
     Ok(run::summary(&plan))

@@ -313,6 +313,9 @@ pub struct ParallelConfig {
     pub layers: Option<Vec<usize>>,
     /// Whether stages keep only their inputs, and compute their forward passes again for the backward passes.
     pub recompute: bool,
+    /// Whether the two passes of a pair F&B compute on two threads, one while tokens of the other travel to their experts
+    /// and back. Nothing to a pipeline of one rank, to schedules without pairs, and to experts that are not divided.
+    pub overlap: bool,
     /// Seconds that ranks wait for each other while nothing moves before they give up.
     pub deadline: u64,
 }
@@ -327,6 +330,7 @@ impl Default for ParallelConfig {
             micro_batches: None,
             layers: None,
             recompute: false,
+            overlap: true,
             deadline: 600,
         }
     }
@@ -479,10 +483,6 @@ impl TrainConfig {
         }
         self.data.validate()?;
         self.share_micro_batches()?;
-        if let (Some(ema), 2..) = (self.ema, self.parallel.mesh().ranks()) {
-            let rule = "is kept by a run of one rank alone";
-            return Err(ConfigError::rule("ema.decay", ema.decay, rule));
-        }
         Ok(self)
     }
 

@@ -319,12 +319,14 @@ impl TrainStep for Trainee {
 }
 
 impl Trained for Trainee {
+    type Weights = Transformer;
+
     fn exchange(&self) -> &Exchange {
         &self.exchange
     }
 
-    fn whole(&self) -> Option<&Transformer> {
-        Some(&self.model)
+    fn weights(&self) -> &Transformer {
+        &self.model
     }
 
     fn agree_to_stop(&self, asked: bool) -> Result<bool, TrainError> {
@@ -335,9 +337,10 @@ impl Trained for Trainee {
         &self,
         checkpoints: &Checkpoints,
         contents: Contents<'_>,
+        average: Option<&Transformer>,
         record: OptimizerRecord,
     ) -> Result<PathBuf, TrainError> {
-        Ok(checkpoints.write(&self.model, contents, record)?)
+        Ok(checkpoints.write(&self.model, contents, average, record)?)
     }
 }
 

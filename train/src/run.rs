@@ -36,7 +36,7 @@ use crate::{
     shards,
     state::{self, Checkpoints, History, RunState, StateError},
     step::{LossWeights, UpdateRule},
-    strategy::{Outcome, Plan, StepByStep, Trained},
+    strategy::{Outcome, Plan, StepByStep, Trained, Training},
 };
 
 /// Why a run ended early.
@@ -246,10 +246,9 @@ pub fn run(
         batches: config.batch.accumulation,
         done,
         history: beginning.history(),
-        average: Mutex::new(average),
         outcome: outcome(done),
     };
-    lead(plan, learner, loaders, options)
+    lead(plan, Training { learner, average }, loaders, options)
 }
 
 /// Trains as the rank of `world` that this process is. The first one shows and logs what happens.
@@ -360,7 +359,7 @@ pub(crate) fn outcome(done: u64) -> Arc<Mutex<Outcome>> {
 /// Trains in sight of the user.
 pub(crate) fn lead<M: Trained>(
     plan: Plan,
-    learner: Learner<M>,
+    training: Training<M>,
     (train, valid): (WindowLoader, WindowLoader),
     options: RunOptions,
 ) -> Result<RunSummary, TrainError> {
@@ -374,24 +373,25 @@ pub(crate) fn lead<M: Trained>(
     let strategy = StepByStep {
         plan: plan.clone(),
         device: options.device.clone().autodiff(),
+        average: Mutex::new(training.average),
     };
     let stretches = config.run.steps.div_ceil(config.validation.interval) as usize;
-    let mut training = SupervisedTraining::new(folder, Arc::new(train), Arc::new(valid))
+    let mut burn = SupervisedTraining::new(folder, Arc::new(train), Arc::new(valid))
         .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
         .with_metric_logger(InMemoryMetricLogger::new())
         .with_application_logger(None)
         .with_interrupter(options.interrupter)
         .num_epochs(stretches);
     for measure in Measure::of_training() {
-        training = training.metric_train_numeric(measure);
+        burn = burn.metric_train_numeric(measure);
     }
     for measure in Measure::of_validation() {
-        training = training.metric_valid_numeric(measure);
+        burn = burn.metric_valid_numeric(measure);
     }
     if let Some(renderer) = options.renderer {
-        training = training.renderer(renderer);
+        burn = burn.renderer(renderer);
     }
-    let result = training.launch(learner);
+    let result = burn.launch(training.learner);
     if let Some(error) = plan.outcome().error.take() {
         return Err(error);
     }

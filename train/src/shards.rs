@@ -26,7 +26,7 @@ use crate::{
     parallel::data_parallel::is_routed_expert,
     pipeline::{stage::Part, trainee::Rank},
     run::TrainError,
-    state::{Checkpoints, Contents, OPTIMIZER, StateError, io_error, write_run},
+    state::{AVERAGE, Checkpoints, Contents, OPTIMIZER, StateError, io_error, write_run},
 };
 
 const MANIFEST: &str = "training/manifest.json";
@@ -38,13 +38,14 @@ struct Manifest {
     files: BTreeMap<String, u64>,
 }
 
-/// Writes a checkpoint of all ranks and returns where it is. Called by all of them.
+/// Writes a checkpoint of all ranks, of what each has of the model and of the average of its weights, if one is kept, and
+/// returns where it is. Called by all of them.
 ///
 /// # Errors
 /// What the file system answers, on any rank; then there is no new checkpoint.
 pub(crate) fn write(
     checkpoints: &Checkpoints,
-    part: &Part,
+    (part, average): (&Part, Option<&Part>),
     rank: &Rank,
     contents: Contents<'_>,
     record: OptimizerRecord,
@@ -69,6 +70,7 @@ pub(crate) fn write(
             1 => {
                 let mine = Mine {
                     part,
+                    average,
                     own: rank.experts(),
                     answers: &answers,
                 };
@@ -113,13 +115,19 @@ pub(crate) fn write(
     let result = checkpoints.commit(contents.state.step, |staging| {
         let training = staging.join("training");
         fs::create_dir(&training).map_err(io_error(&training))?;
+        let averages = average.map(|_| staging.join(AVERAGE));
+        if let Some(folder) = &averages {
+            fs::create_dir(folder).map_err(io_error(folder))?;
+        }
         started = true;
         let mut bytes = staging.to_string_lossy().into_owned().into_bytes();
         world.broadcast(0, &mut bytes)?;
         let count = share(staging)?;
-        checkpoint::write_index(staging, contents.shape, count)?;
+        for folder in [staging].into_iter().chain(averages.as_deref()) {
+            checkpoint::write_index(folder, contents.shape, count)?;
+        }
         write_run(staging, contents)?;
-        Ok(write_manifest(staging, count)?)
+        Ok(write_manifest(staging, count, average.is_some())?)
     });
     if let Err(TrainError::Communication(error)) = result {
         return Err(error.into());
@@ -138,6 +146,7 @@ pub(crate) fn write(
 /// What a rank writes.
 struct Mine<'a> {
     part: &'a Part,
+    average: Option<&'a Part>,
     /// Its experts of every layer.
     own: Range<usize>,
     /// The names of the parameters that it answers for.
@@ -152,7 +161,12 @@ fn write_share(
     contents: Contents<'_>,
     record: OptimizerRecord,
 ) -> Result<(), StateError> {
-    let Mine { part, own, answers } = mine;
+    let Mine {
+        part,
+        average,
+        own,
+        answers,
+    } = mine;
     let first = |path: &str| match is_routed_expert(path) {
         true => own.start,
         false => 0,
@@ -163,6 +177,9 @@ fn write_share(
         name: &|id| answers(id.val()).map(|path| (path.clone(), first(&path))),
     };
     checkpoint::save_shard(part, contents.shape, staging, &shard)?;
+    if let Some(average) = average {
+        checkpoint::save_shard(average, contents.shape, &staging.join(AVERAGE), &shard)?;
+    }
     let path = staging.join(moments_name(number, count));
     let wrong = |source| StateError::Optimizer {
         path: path.clone(),
@@ -193,11 +210,13 @@ fn moments_name(number: usize, count: usize) -> String {
     format!("training/optimizer-{:05}-of-{count:05}.bpk", number + 1)
 }
 
-fn write_manifest(staging: &Path, count: usize) -> Result<(), StateError> {
+fn write_manifest(staging: &Path, count: usize, average: bool) -> Result<(), StateError> {
     let weights = (0..count).map(|number| checkpoint::shard_name(number, count));
+    let averages = weights.clone().filter(|_| average);
+    let averages = averages.map(|name| format!("{AVERAGE}/{name}"));
     let moments = (0..count).map(|number| moments_name(number, count));
     let mut files = BTreeMap::new();
-    for name in weights.chain(moments) {
+    for name in weights.chain(averages).chain(moments) {
         let path = staging.join(&name);
         let metadata = fs::metadata(&path).map_err(io_error(&path))?;
         files.insert(name, metadata.len());

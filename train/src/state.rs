@@ -163,8 +163,6 @@ pub struct Checkpoints {
 /// What a checkpoint consists of.
 #[derive(Clone, Copy, Debug)]
 pub struct Contents<'a> {
-    /// The average of the weights, if one is kept.
-    pub average: Option<&'a Transformer>,
     /// The model's shape.
     pub shape: &'a ModelConfig,
     /// How the run goes on.
@@ -208,7 +206,7 @@ impl Checkpoints {
         found
     }
 
-    /// Writes a checkpoint as a whole or not at all, then removes those beyond the newest.
+    /// Writes a checkpoint, with the average of the weights if one is kept, as a whole or not at all, then removes those beyond the newest.
     ///
     /// # Errors
     /// What the file system answers.
@@ -216,11 +214,20 @@ impl Checkpoints {
         &self,
         model: &Transformer,
         contents: Contents<'_>,
+        average: Option<&Transformer>,
         record: OptimizerRecord,
     ) -> Result<PathBuf, StateError> {
         self.commit(contents.state.step, |staging| {
-            checkpoint::save(model, contents.shape, staging, &SaveOptions::default())?;
+            let save = |model, folder: &Path| {
+                checkpoint::save(model, contents.shape, folder, &SaveOptions::default())
+            };
+            save(model, staging)?;
             write_run(staging, contents)?;
+            if let Some(average) = average {
+                let folder = staging.join(AVERAGE);
+                fs::create_dir(&folder).map_err(io_error(&folder))?;
+                save(average, &folder)?;
+            }
             let path = staging.join(OPTIMIZER);
             record
                 .save(&path)
@@ -275,11 +282,6 @@ pub(crate) fn write_run(folder: &Path, contents: Contents<'_>) -> Result<(), Sta
     write_tokenizer(folder, contents.tokenizer, contents.shape)?;
     let training = folder.join("training");
     fs::create_dir_all(&training).map_err(io_error(&training))?;
-    if let Some(average) = contents.average {
-        let folder = folder.join(AVERAGE);
-        fs::create_dir(&folder).map_err(io_error(&folder))?;
-        checkpoint::save(average, contents.shape, &folder, &SaveOptions::default())?;
-    }
     let state = serde_json::to_vec_pretty(contents.state).expect("numbers and strings");
     write_file(&training.join("state.json"), &state)?;
     let config = toml::to_string(contents.config).expect("read from such a file");

@@ -11,6 +11,7 @@ use std::{
 
 use burn::{
     data::dataloader::{DataLoaderIterator, Progress},
+    module::Module,
     optim::{GradientsAccumulator, OptimizerRecord},
     tensor::Device,
     train::{
@@ -20,7 +21,7 @@ use burn::{
     },
 };
 
-use deepburn_model::{config::ModelConfig, transformer::Transformer};
+use deepburn_model::config::ModelConfig;
 
 use crate::{
     average::Average,
@@ -39,22 +40,34 @@ pub(crate) trait Trained:
     + TrainStep<Input = Batch, Output = StepReport>
     + InferenceStep<Input = Batch, Output = StepReport>
 {
+    /// What it trains.
+    type Weights: Module + 'static;
+
     /// What the loop tells a step and the step tells the loop.
     fn exchange(&self) -> &Exchange;
 
     /// Whether to stop after the step under way: if this rank is asked to, or another.
     fn agree_to_stop(&self, asked: bool) -> Result<bool, TrainError>;
 
-    /// The model, if the whole of it is here.
-    fn whole(&self) -> Option<&Transformer>;
+    /// What is here of the model.
+    fn weights(&self) -> &Self::Weights;
 
-    /// Writes a checkpoint of the whole model, which is without autodiff here, and returns where it is.
+    /// Writes a checkpoint of the whole model, which is without autodiff here, with the average of its weights, if one is
+    /// kept, and returns where it is.
     fn save(
         &self,
         checkpoints: &Checkpoints,
         contents: Contents<'_>,
+        average: Option<&Self::Weights>,
         record: OptimizerRecord,
     ) -> Result<PathBuf, TrainError>;
+}
+
+/// What a run changes.
+pub(crate) struct Training<M: Trained> {
+    pub(crate) learner: Learner<M>,
+    /// Of the weights, if one is kept.
+    pub(crate) average: Option<Average<M::Weights>>,
 }
 
 /// A run, as far as it does not depend on how many take part in it.
@@ -68,8 +81,6 @@ pub(crate) struct Plan {
     pub(crate) done: u64,
     /// What happened in them.
     pub(crate) history: History,
-    /// Of the weights, for as long as nothing runs.
-    pub(crate) average: Mutex<Option<Average>>,
     pub(crate) outcome: Arc<Mutex<Outcome>>,
 }
 
@@ -83,15 +94,17 @@ pub(crate) struct Outcome {
 }
 
 /// Burn's strategy: the [`Plan`], with the events that metrics and dashboard live on.
-pub(crate) struct StepByStep {
+pub(crate) struct StepByStep<W: Module> {
     pub(crate) plan: Arc<Plan>,
     /// With autodiff.
     pub(crate) device: Device,
+    /// Of the weights, until it runs.
+    pub(crate) average: Mutex<Option<Average<W>>>,
 }
 
 type Processor<M> = SupervisedTrainingEventProcessor<M>;
 
-impl<M: Trained> SupervisedLearningStrategy<M> for StepByStep {
+impl<M: Trained> SupervisedLearningStrategy<M> for StepByStep<M::Weights> {
     fn fit(
         &self,
         components: TrainingComponents<M>,
@@ -109,7 +122,6 @@ impl<M: Trained> SupervisedLearningStrategy<M> for StepByStep {
             valid,
             history: self.plan.history.clone(),
             average: self
-                .plan
                 .average
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -147,7 +159,7 @@ pub(crate) struct Run<'a, M: Trained> {
     pub(crate) learner: Learner<M>,
     pub(crate) valid: ValidLoader<M>,
     pub(crate) history: History,
-    pub(crate) average: Option<Average>,
+    pub(crate) average: Option<Average<M::Weights>>,
 }
 
 impl<M: Trained> Run<'_, M> {
@@ -273,7 +285,7 @@ impl<M: Trained> Run<'_, M> {
         }
         if let Some(average) = &mut self.average {
             let model = self.learner.model().valid();
-            average.update(model.whole().expect("where an average is kept").clone());
+            average.update(model.weights().clone());
         }
         let seconds = started.elapsed().as_secs_f64();
 
@@ -342,14 +354,14 @@ impl<M: Trained> Run<'_, M> {
             ..RunState::new(step, config, data)
         };
         let contents = Contents {
-            average: self.average.as_mut().map(Average::model),
             shape,
             state: &state,
             config,
             tokenizer: &data.tokenizer_path,
         };
         let checkpoints = Checkpoints::new(&config.run.directory, config.checkpoint.keep);
-        let path = model.save(&checkpoints, contents, record)?;
+        let average = self.average.as_mut().map(Average::model);
+        let path = model.save(&checkpoints, contents, average, record)?;
         self.plan.outcome().checkpoint = Some(path);
         Ok(())
     }

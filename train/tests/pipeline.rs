@@ -142,6 +142,7 @@ struct Way {
     ranks: usize,
     layers: Option<Vec<usize>>,
     recompute: bool,
+    overlap: bool,
 }
 
 /// As [`on_one_device`], by ranks. Each checks that it did what the timeline says.
@@ -169,6 +170,7 @@ fn on_ranks(shape: &ModelConfig, arithmetic: Arithmetic, count: usize, way: &Way
                 weights: WEIGHTS,
                 micro_batches: count,
                 recompute: way.recompute,
+                overlap: way.overlap,
             },
         };
         let executed = share.train(&micro_batches(count, &device)).unwrap();
@@ -262,12 +264,14 @@ fn every_schedule_gives_the_gradients_of_one_device() {
     for (ranks, count) in [(2, 6), (4, 10)] {
         let expected = on_one_device(&shape, Arithmetic::FULL, count);
         for schedule in Schedule::ALL {
-            for recompute in [false, true] {
+            for (recompute, overlap) in [(false, false), (true, false), (false, true), (true, true)]
+            {
                 let way = Way {
                     schedule,
                     ranks,
                     layers: None,
                     recompute,
+                    overlap,
                 };
                 let found = on_ranks(&shape, Arithmetic::FULL, count, &way);
                 let different = compare(&expected, &found, &way);
@@ -297,6 +301,7 @@ fn lower_precisions_and_shared_matrices_go_through_the_same_stages() {
                 ranks: 2,
                 layers: (schedule == Schedule::ZeroBubble).then(|| vec![3, 5]),
                 recompute: false,
+                overlap: false,
             };
             let found = on_ranks(&shape, arithmetic, 4, &way);
             let different = compare(&expected, &found, &way);

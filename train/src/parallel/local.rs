@@ -280,6 +280,21 @@ impl Local {
     }
 
     fn finish(&self, kind: Kind, batch: &mut Batch<'_, '_>) -> Result<(), CommError> {
+        let mut number = None;
+        let result = self.finish_known_as(&mut number, kind, batch);
+        if let Some(number) = number {
+            self.hub.lock().waiting.remove(&number);
+        }
+        result
+    }
+
+    /// What others read of its wait stays from the first time that there is one, under `number`.
+    fn finish_known_as(
+        &self,
+        number: &mut Option<u64>,
+        kind: Kind,
+        batch: &mut Batch<'_, '_>,
+    ) -> Result<(), CommError> {
         let (me, started, deadline) = (self.me(), Instant::now(), self.hub.options.deadline);
         loop {
             if self.receive(kind, batch)? {
@@ -309,19 +324,19 @@ impl Local {
             if let Some(&rank) = peers.find(|&&peer| state.is_gone(self.group, peer)) {
                 return Err(CommError::Gone { rank, wait });
             }
+            let number = *number.get_or_insert_with(|| {
+                state.waits += 1;
+                state.waits
+            });
+            state.waiting.insert(number, wait);
             let idle = started.max(state.last).elapsed();
             if idle >= deadline {
                 let mut waiting: Vec<Wait> = state.waiting.values().cloned().collect();
-                waiting.push(wait);
                 waiting.sort_by_key(|wait| wait.rank);
                 return Err(CommError::Hang { deadline, waiting });
             }
-            state.waits += 1;
-            let number = state.waits;
-            state.waiting.insert(number, wait);
             let waited = self.hub.changed.wait_timeout(state, deadline - idle);
-            let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-            state.waiting.remove(&number);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
     }
 }

@@ -1,9 +1,14 @@
 //! The micro-batches of a step through the stages of a rank, in the order of a schedule.
 //!
-//! Everything here happens on the thread that calls: Burn's graphs share the parameters, and a second thread that computed
-//! with them could wait for the first for ever.
+//! The two passes of a pair can compute on two threads, so that one goes on while tokens of the other travel (report, figure
+//! 4). Each micro-batch has a graph with leaves of its own for the parameters: two threads whose graphs shared them could
+//! wait for each other for ever in Burn's autodiff.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    panic::resume_unwind,
+    thread,
+};
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
@@ -46,6 +51,8 @@ pub struct Terms {
     pub micro_batches: usize,
     /// Whether a stage keeps only its input until its backward pass, and then computes its forward pass again.
     pub recompute: bool,
+    /// Whether the two passes of a pair compute on two threads.
+    pub overlap: bool,
 }
 
 /// What came of the micro-batches.
@@ -87,10 +94,7 @@ impl Share<'_> {
                 Action::Backward(chunk) => execution.backward(chunk),
                 Action::BackwardInput(chunk) => execution.backward_input(chunk),
                 Action::BackwardWeight(_) => execution.backward_weight(),
-                Action::Overlapped { forward, backward } => {
-                    execution.forward(forward);
-                    execution.backward(backward);
-                }
+                Action::Overlapped { forward, backward } => execution.pair(forward, backward),
             }
         }
         execution.exchange(&steps.final_wait)?;
@@ -144,15 +148,35 @@ impl Share<'_> {
 
 /// What a stage has kept of a forward pass for its backward pass.
 struct Kept {
+    /// What computed it, or will.
+    part: Part,
     /// Gets a gradient; `None` in the first stage.
     input: Option<Tensor<3>>,
     /// `None` if it has to be computed again.
     output: Option<StageOutput>,
 }
 
+/// A forward pass that can be computed on any thread.
+struct ForwardPass {
+    part: Part,
+    stage: Stage,
+    input: Option<Tensor<3>>,
+    windows: Windows,
+    weights: LossWeights,
+}
+
+impl ForwardPass {
+    fn compute(&self) -> StageOutput {
+        let input = self.input.clone();
+        self.part
+            .forward(&self.stage, input, &self.windows, self.weights)
+    }
+}
+
 /// A backward pass whose weights are still to come.
 struct Queued {
     chunk: Chunk,
+    part: Part,
     stage_gradients: Gradients,
     products: Products,
 }
@@ -194,49 +218,47 @@ impl<'a> Execution<'a> {
 
     /// F
     fn forward(&mut self, chunk: Chunk) {
-        let stage = self.stage(chunk);
-        let number = self.number(chunk);
-        let windows = &self.micro_batches[number];
-        let input = self.arrived.remove(&(Pass::Forward, chunk));
-        let weights = self.share.terms.weights;
-        let (input, output) = match &self.plain {
-            Some(plain) => {
-                let output = plain.forward(&stage, input.clone(), &windows.inner(), weights);
-                (input, output)
-            }
-            None => {
-                let input = input.map(|input| Tensor::from_inner(input).require_grad());
-                let output = self
-                    .share
-                    .part
-                    .forward(&stage, input.clone(), windows, weights);
-                (input, output)
-            }
-        };
-        self.note(&stage, number, &output);
-        self.hand_on_result(chunk, &output);
-        self.done.order.push(Action::Forward(chunk));
-        let output = self.plain.is_none().then_some(output);
-        self.kept.insert(chunk, Kept { input, output });
+        let pass = self.begin_forward(chunk);
+        let output = pass.compute();
+        self.end_forward(chunk, pass, output);
     }
 
     /// B
     fn backward(&mut self, chunk: Chunk) {
         let root = self.begin_backward(chunk);
         let gradients = root.loss.backward();
-        self.end_backward(chunk, &root, &gradients);
-        self.add(gradients, None);
-        self.done.order.push(Action::Backward(chunk));
+        self.end_backward(chunk, root, gradients);
+    }
+
+    /// F&B
+    fn pair(&mut self, forward: Chunk, backward: Chunk) {
+        if !self.share.terms.overlap {
+            self.forward(forward);
+            self.backward(backward);
+            return;
+        }
+        // What is computed again for the backward pass travels as forward passes do: not beside one.
+        let root = self.begin_backward(backward);
+        let pass = self.begin_forward(forward);
+        let (output, gradients) = thread::scope(|scope| {
+            let output = scope.spawn(|| pass.compute());
+            let gradients = root.loss.backward();
+            (output.join(), gradients)
+        });
+        let output = output.unwrap_or_else(|panic| resume_unwind(panic));
+        self.end_forward(forward, pass, output);
+        self.end_backward(backward, root, gradients);
     }
 
     /// Bi
     fn backward_input(&mut self, chunk: Chunk) {
         let root = self.begin_backward(chunk);
         let (stage_gradients, products) = put_off(|| root.loss.backward());
-        self.end_backward(chunk, &root, &stage_gradients);
+        self.hand_back(chunk, &root, &stage_gradients);
         self.done.order.push(Action::BackwardInput(chunk));
         self.queue.push_back(Queued {
             chunk,
+            part: root.part,
             stage_gradients,
             products,
         });
@@ -245,26 +267,63 @@ impl<'a> Execution<'a> {
     /// W
     fn backward_weight(&mut self) {
         let queued = self.queue.pop_front().expect("Bi comes before W");
-        self.add(queued.stage_gradients, Some(queued.products.compute()));
+        let products = queued.products.compute();
+        self.add(&queued.part, queued.stage_gradients, Some(products));
         self.done.order.push(Action::BackwardWeight(queued.chunk));
+    }
+
+    fn begin_forward(&mut self, chunk: Chunk) -> ForwardPass {
+        let input = self.arrived.remove(&(Pass::Forward, chunk));
+        match &self.plain {
+            Some(plain) => ForwardPass {
+                part: plain.clone(),
+                input,
+                windows: self.windows(chunk).inner(),
+                ..self.tracked(chunk, None)
+            },
+            None => self.tracked(chunk, input),
+        }
+    }
+
+    /// A forward pass with a graph of its own.
+    fn tracked(&self, chunk: Chunk, input: Option<Tensor<3>>) -> ForwardPass {
+        let part = self.share.part;
+        ForwardPass {
+            part: part.clone().fork(&part.device()),
+            stage: self.stage(chunk),
+            input: input.map(|input| Tensor::from_inner(input).require_grad()),
+            windows: self.windows(chunk).clone(),
+            weights: self.share.terms.weights,
+        }
+    }
+
+    fn end_forward(&mut self, chunk: Chunk, pass: ForwardPass, output: StageOutput) {
+        self.note(&pass.stage, self.number(chunk), &output);
+        self.hand_on_result(chunk, &output);
+        self.done.order.push(Action::Forward(chunk));
+        let kept = Kept {
+            part: pass.part,
+            input: pass.input,
+            output: self.plain.is_none().then_some(output),
+        };
+        self.kept.insert(chunk, kept);
     }
 
     /// What to go backward from: the losses of the stage, and the inner product of its output with the gradient of that,
     /// whose gradient it is.
     fn begin_backward(&mut self, chunk: Chunk) -> Root {
         let terms = self.share.terms;
-        let Kept { input, output } = self.kept.remove(&chunk).expect("F comes before B");
-        let (input, output) = match output {
-            Some(output) => (input, output),
-            None => {
-                let windows = &self.micro_batches[self.number(chunk)];
-                let input = input.map(|input| Tensor::from_inner(input).require_grad());
-                let part = self.share.part;
-                let stage = self.stage(chunk);
-                let output = part.forward(&stage, input.clone(), windows, terms.weights);
-                (input, output)
-            }
-        };
+        let Kept {
+            mut part,
+            mut input,
+            output,
+        } = self.kept.remove(&chunk).expect("F comes before B");
+        let output = output.unwrap_or_else(|| {
+            let pass = self.tracked(chunk, input.take());
+            let output = pass.compute();
+            (part, input) = (pass.part, pass.input);
+            output
+        });
         let balance = output.balance * terms.weights.balance;
         let count = terms.micro_batches as f64;
         let loss = match output.result {
@@ -280,10 +339,16 @@ impl<'a> Execution<'a> {
                 }
             }
         };
-        Root { input, loss }
+        Root { part, input, loss }
     }
 
-    fn end_backward(&mut self, chunk: Chunk, root: &Root, gradients: &Gradients) {
+    fn end_backward(&mut self, chunk: Chunk, root: Root, gradients: Gradients) {
+        self.hand_back(chunk, &root, &gradients);
+        self.add(&root.part, gradients, None);
+        self.done.order.push(Action::Backward(chunk));
+    }
+
+    fn hand_back(&mut self, chunk: Chunk, root: &Root, gradients: &Gradients) {
         if let Some(input) = &root.input {
             let gradient = input.grad(gradients);
             let gradient = gradient.expect("a stage depends on its input");
@@ -291,9 +356,8 @@ impl<'a> Execution<'a> {
         }
     }
 
-    /// Adds the gradients of a micro-batch to the sum.
-    fn add(&mut self, mut gradients: Gradients, put_off: Option<WeightGradients>) {
-        let part = self.share.part;
+    /// Adds the gradients of a micro-batch, which `part` has computed, to the sum.
+    fn add(&mut self, part: &Part, mut gradients: Gradients, put_off: Option<WeightGradients>) {
         let mut found = GradientsParams::from_module(&mut gradients, part);
         if let Some(mut weights) = put_off {
             part.visit(&mut Late {
@@ -397,7 +461,7 @@ impl<'a> Execution<'a> {
 
     /// The sizes of what crosses from stage to stage. `[B, T, D]`
     fn shape(&self, chunk: Chunk) -> [usize; 3] {
-        let windows = &self.micro_batches[self.number(chunk)];
+        let windows = self.windows(chunk);
         let [batch, _] = windows.tokens.dims();
         [batch, windows.length(), self.share.part.width()]
     }
@@ -405,6 +469,10 @@ impl<'a> Execution<'a> {
     fn stage(&self, chunk: Chunk) -> Stage {
         let rank = self.share.ranks.rank();
         self.share.layout.stage(rank, chunk.direction)
+    }
+
+    fn windows(&self, chunk: Chunk) -> &Windows {
+        &self.micro_batches[self.number(chunk)]
     }
 
     /// The number of its micro-batch in the step. With two ways through the model, the second half comes from the other
@@ -421,6 +489,7 @@ impl<'a> Execution<'a> {
 
 /// What a backward pass begins with, and the tensor whose gradient it hands on.
 struct Root {
+    part: Part,
     input: Option<Tensor<3>>,
     loss: Tensor<1>,
 }

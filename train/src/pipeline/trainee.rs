@@ -14,7 +14,7 @@ use burn::{
     },
     train::{InferenceStep, TrainOutput, TrainStep},
 };
-use deepburn_model::{config::ModelConfig, parameters::Registry, transformer::Transformer};
+use deepburn_model::{config::ModelConfig, parameters::Registry};
 
 use super::{
     copies,
@@ -69,6 +69,8 @@ pub struct Arrangement {
     pub micro_batches: usize,
     /// Whether stages compute their forward passes again instead of keeping what they gave.
     pub recompute: bool,
+    /// Whether the two passes of a pair compute on two threads where tokens travel to their experts.
+    pub overlap: bool,
 }
 
 struct Seat {
@@ -225,6 +227,7 @@ impl Rank {
                 weights,
                 micro_batches: arrangement.micro_batches,
                 recompute: arrangement.recompute,
+                overlap: arrangement.overlap && self.0.dispatch.is_some(),
             },
         }
     }
@@ -407,12 +410,14 @@ impl InferenceStep for RankTrainee {
 }
 
 impl Trained for RankTrainee {
+    type Weights = Part;
+
     fn exchange(&self) -> &Exchange {
         &self.exchange
     }
 
-    fn whole(&self) -> Option<&Transformer> {
-        None
+    fn weights(&self) -> &Part {
+        &self.part
     }
 
     fn agree_to_stop(&self, asked: bool) -> Result<bool, TrainError> {
@@ -428,8 +433,10 @@ impl Trained for RankTrainee {
         &self,
         checkpoints: &Checkpoints,
         contents: Contents<'_>,
+        average: Option<&Part>,
         record: OptimizerRecord,
     ) -> Result<PathBuf, TrainError> {
-        shards::write(checkpoints, &self.part, &self.rank, contents, record)
+        let weights = (&self.part, average);
+        shards::write(checkpoints, weights, &self.rank, contents, record)
     }
 }

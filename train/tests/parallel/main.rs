@@ -2,6 +2,7 @@
 
 mod data;
 mod experts;
+mod four_ranks;
 mod overlap;
 mod routes;
 mod suite;

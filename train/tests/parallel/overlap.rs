@@ -8,12 +8,15 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor, TensorData};
-use deepburn_model::{init::Initializer, moe::Moe};
+use deepburn_model::{config::ModelConfig, init::Initializer, moe::Moe};
 use deepburn_train::parallel::{
     Communicator, ExpertDispatch, ExpertPlacement, Link, LocalOptions, Wire, local::run,
 };
 
-use crate::{numbers, tiny};
+use crate::{
+    four_ranks::{Work, step},
+    numbers, tiny,
+};
 
 /// Holds back large messages until each rank has opened it.
 #[derive(Default)]
@@ -129,4 +132,63 @@ fn a_backward_pass_ends_while_tokens_of_a_forward_pass_travel() {
         });
     });
     assert!(held >= RANKS, "{held} messages were held");
+}
+
+/// Whether two messages were on their way to one rank at a time. Each is held for a while until there are.
+struct Meeting {
+    patience: Duration,
+    /// Messages on their way to each rank, and whether two of them were to the same.
+    state: Mutex<([usize; 4], bool)>,
+    changed: Condvar,
+}
+
+impl Link for Meeting {
+    fn carry(&self, _: usize, to: usize, bytes: usize) {
+        if bytes < LARGE {
+            return;
+        }
+        let mut state = self.state.lock().unwrap();
+        state.0[to] += 1;
+        state.1 |= state.0[to] > 1;
+        self.changed.notify_all();
+        let wait = self
+            .changed
+            .wait_timeout_while(state, self.patience, |state| !state.1);
+        wait.unwrap().0.0[to] -= 1;
+    }
+}
+
+/// The pairs of a schedule: tokens of a forward and of a backward pass are on their way to a rank together, and the numbers
+/// are those of one after the other.
+#[test]
+fn tokens_of_both_passes_of_a_pair_travel_together() {
+    // Each stage has a mixture-of-experts layer.
+    let shape = ModelConfig {
+        num_hidden_layers: 5,
+        ..tiny()
+    };
+    let train = |overlap, patience| {
+        let meeting = Arc::new(Meeting {
+            patience: Duration::from_millis(patience),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let work = Work {
+            shape: &shape,
+            micro_batches: 4,
+            sequences: 2,
+            length: 64,
+            overlap,
+        };
+        let done = step(&work, meeting.clone());
+        let gradients: Vec<_> = done.into_iter().map(|rank| rank.0).collect();
+        let met = meeting.state.lock().unwrap().1;
+        (gradients, met)
+    };
+    let (one_by_one, met) = train(false, 1);
+    assert!(!met, "one thread waits for one message at a time");
+    let (together, met) = train(true, 200);
+    assert!(met, "nothing was on its way beside anything else");
+    assert!(one_by_one.iter().all(|rank| !rank.is_empty()));
+    assert!(together == one_by_one, "other gradients");
 }
