@@ -7,6 +7,7 @@ use clap::{CommandFactory, builder::NonEmptyStringValueParser, error::ErrorKind}
 use deepburn_infer::{
     batch::{self, BatchConfig, Request},
     engine::{Finish, GenerateOptions, Summary},
+    grammar::Grammar,
     penalties::Penalties,
     sampler::SamplerConfig,
     speculation::Speculation,
@@ -87,6 +88,14 @@ pub(crate) struct Args {
     /// Go on after an end-of-text token
     #[arg(long)]
     ignore_eos: bool,
+
+    /// Keep to JSON: an object
+    #[arg(long)]
+    json: bool,
+
+    /// Keep to JSON that the schema in this file describes
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    json_schema: Option<PathBuf>,
 
     /// Put the beginning-of-text token before the prompt
     #[arg(long)]
@@ -211,13 +220,25 @@ impl Args {
             stop: self.stop.clone(),
             add_bos: self.bos,
             ignore_eos: self.ignore_eos,
+            guide: None,
         }
     }
 }
 
+/// The grammar that was asked for.
+fn grammar(args: &Args) -> anyhow::Result<Option<Grammar>> {
+    let Some(file) = &args.json_schema else {
+        return Ok(args.json.then_some(Grammar::JsonObject));
+    };
+    let name = || file.display().to_string();
+    let text = fs::read_to_string(file).with_context(name)?;
+    let schema = serde_json::from_str(&text).with_context(name)?;
+    Ok(Some(Grammar::JsonSchema(schema)))
+}
+
 /// Runs the subcommand.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let options = args.options();
+    let mut options = args.options();
     if let Err(error) = options.validate() {
         crate::Cli::command()
             .error(ErrorKind::ValueValidation, error)
@@ -235,7 +256,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let prompts = args.input.batch.as_deref();
     let prompts = prompts.map(generate_many::read).transpose()?;
+    let grammar = grammar(&args)?;
     let engine = args.model.open()?;
+    if let Some(grammar) = grammar {
+        let guide = engine.grammars().and_then(|all| all.guide(&grammar));
+        let option = args.json_schema.as_ref();
+        options.guide = Some(guide.with_context(|| match option {
+            Some(file) => file.display().to_string(),
+            None => "--json".to_owned(),
+        })?);
+    }
     let mut config = BatchConfig {
         speculate: args.speculate.for_model(&engine.config)?,
         ..BatchConfig::default()

@@ -296,6 +296,40 @@ fn generate_reads_the_prompt_from_standard_input() {
     );
 }
 
+/// With drafts, which the grammar is for as well.
+#[test]
+fn a_text_keeps_to_a_schema() {
+    let dir = predicting();
+    let model = dir.path().to_str().unwrap();
+    let file = dir.path().join("schema.json");
+    let schema = r#"{ "type": "array", "items": { "enum": ["MLA", "MoE", "MTP"] }, "minItems": 3, "maxItems": 3 }"#;
+    fs::write(&file, schema).unwrap();
+    let file = file.to_str().unwrap();
+    let args = [
+        "generate",
+        "--model",
+        model,
+        "--prompt",
+        "a",
+        "--json-schema",
+        file,
+    ];
+    for seed in ["1", "2"] {
+        let plain = succeeds(&[&args[..], &["--seed", seed]].concat());
+        let parsed: Vec<String> = serde_json::from_str(&plain).unwrap();
+        assert_eq!(parsed.len(), 3, "{plain}");
+        let greedy = [&args[..], &["--greedy"]].concat();
+        let drafted = [&greedy[..], &["--speculate", "1"]].concat();
+        assert_eq!(succeeds(&drafted), succeeds(&greedy));
+    }
+    fs::write(file, "{ \"type\": \"strin\" }").unwrap();
+    let said = fails(1, &args);
+    assert!(
+        said.contains("schema.json") && said.contains("strin"),
+        "{said}"
+    );
+}
+
 #[test]
 fn weights_are_held_as_asked_for() {
     let dir = fixture("tiny-yarn");

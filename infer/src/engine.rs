@@ -18,6 +18,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     batch::{self, BatchConfig, Request},
+    grammar::{GrammarError, Grammars, Guide},
     penalties::Penalties,
     sampler::{SamplerConfig, SamplerError},
     speculation::{Drafts, SpeculationState},
@@ -54,6 +55,8 @@ pub struct GenerateOptions {
     pub add_bos: bool,
     /// Goes on after an end-of-text token.
     pub ignore_eos: bool,
+    /// What the text keeps to, if anything: see [`Engine::grammars`].
+    pub guide: Option<Guide>,
 }
 
 impl Default for GenerateOptions {
@@ -65,6 +68,7 @@ impl Default for GenerateOptions {
             stop: Vec::new(),
             add_bos: false,
             ignore_eos: false,
+            guide: None,
         }
     }
 }
@@ -87,7 +91,7 @@ impl GenerateOptions {
 /// Why a text ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// The model chose an end-of-text token.
+    /// The model chose an end-of-text token, or the text is complete by its grammar.
     EndOfText,
     /// A stop string was complete: its index.
     StopString(usize),
@@ -193,6 +197,9 @@ impl Limits {
 /// Why no text could be generated.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
+    /// A text cannot be kept to its grammar.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
     /// The model cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -313,6 +320,14 @@ impl Engine {
             bos: special.bos,
             eos: special.eos,
         })
+    }
+
+    /// What makes guides for texts that keep to a grammar.
+    ///
+    /// # Errors
+    /// As [`Grammars::new`].
+    pub fn grammars(&self) -> Result<Grammars, GrammarError> {
+        Grammars::new(&self.tokenizer, self.config.vocab_size, &self.eos)
     }
 
     /// Continues `prompt` and hands the new text to `on_text` piece by piece, each as soon as it is decided.

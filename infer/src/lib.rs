@@ -7,6 +7,7 @@ pub mod benchmark;
 pub mod chat_template;
 pub mod engine;
 pub mod evaluation;
+pub mod grammar;
 pub mod logprobs;
 mod pages;
 mod payoff;

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     ops::ControlFlow,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll},
     thread,
     time::{Duration, Instant},
@@ -16,6 +16,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use crate::{
     batch::{Batch, BatchConfig, Listener},
     engine::{Engine, EngineError, Limits},
+    grammar::{Grammar, GrammarError, Grammars, Guide},
     speculation::Drafts,
 };
 pub use crate::{
@@ -158,6 +159,9 @@ struct Shared {
     model: ModelConfig,
     tokenizer: Tokenizer,
     limits: Limits,
+    eos: Vec<u32>,
+    /// Made when first asked for.
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
     inbox: Mutex<Inbox>,
     wake: Condvar,
     statistics: Mutex<Statistics>,
@@ -186,6 +190,8 @@ impl Service {
             model: engine.config.clone(),
             tokenizer: engine.tokenizer.clone(),
             limits: engine.limits().within(config.cached_tokens),
+            eos: engine.eos.clone(),
+            grammars: OnceLock::new(),
             inbox: Mutex::default(),
             wake: Condvar::new(),
             statistics: Mutex::default(),
@@ -246,6 +252,18 @@ impl Service {
     /// From text to tokens and back.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.shared().tokenizer
+    }
+
+    /// A guide for a text that keeps to a grammar.
+    ///
+    /// # Errors
+    /// As [`Grammars::new`] and [`Grammars::guide`].
+    pub fn guide(&self, grammar: &Grammar) -> Result<Guide, GrammarError> {
+        let shared = self.shared();
+        let grammars = shared
+            .grammars
+            .get_or_init(|| Grammars::new(&shared.tokenizer, shared.model.vocab_size, &shared.eos));
+        grammars.as_ref().map_err(Clone::clone)?.guide(grammar)
     }
 
     /// What a prompt has to fit.

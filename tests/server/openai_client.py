@@ -8,13 +8,21 @@ The tokens are a prompt whose greedy answer has no close second. openai.sh insta
 
 import json
 import sys
+import typing
 import urllib.request
 
 import openai
+import pydantic
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 MORE = {"ignore_eos": True}
+
+
+class Layer(pydantic.BaseModel):
+    kind: typing.Literal["dense", "sparse"]
+    shared: bool
+    shape: tuple[typing.Literal[7168], typing.Literal[2048, 18432]] | None
 
 
 def refused(kind, call):
@@ -62,6 +70,21 @@ def main():
         logit_bias={"5": -100}, top_p=0.9, user="somebody", extra_body=MORE,
     )  # fmt: skip
     assert [choice.index for choice in several.choices] == [0, 1]
+
+    # A model without any sense, kept to a schema.
+    for seed in range(3):
+        drawn = {**chat, "temperature": 1, "seed": seed, "max_completion_tokens": 400}
+        layer = client.chat.completions.parse(**drawn, response_format=Layer).choices[0]
+        assert layer.finish_reason == "stop" and isinstance(layer.message.parsed, Layer), layer
+    any_object = client.completions.create(
+        model=model, prompt=prompt, max_tokens=5, extra_body={"response_format": {"type": "json_object"}}
+    )
+    assert any_object.choices[0].text.lstrip().startswith("{"), any_object
+    broken = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}
+    error = refused(
+        openai.BadRequestError, lambda: client.chat.completions.create(**chat, response_format=broken)
+    )
+    assert error.param == "response_format" and "strin" in error.message, error
 
     error = refused(openai.BadRequestError, lambda: client.chat.completions.create(**{**chat, "temperature": 3}))
     assert error.param == "temperature" and "between 0 and 2" in error.message, error

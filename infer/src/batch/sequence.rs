@@ -130,7 +130,11 @@ impl<'e> Sequence<'e> {
 
     /// Whether the most probable token is all that is asked of a step.
     pub(super) fn is_plain(&self) -> bool {
-        self.is_greedy() && self.options.penalties.is_neutral() && self.logprobs.is_none()
+        self.is_greedy() && !self.changes_logits() && self.logprobs.is_none()
+    }
+
+    fn changes_logits(&self) -> bool {
+        !self.options.penalties.is_neutral() || self.options.guide.is_some()
     }
 
     /// Whether the most probable token is taken, whatever changes the logits before.
@@ -217,12 +221,13 @@ impl<'e> Sequence<'e> {
     ) -> Result<(u32, bool), EngineError> {
         let target = match *row {
             Row::Best(token) => vec![(token, 1.0)],
-            Row::Logits(logits) if self.options.penalties.is_neutral() => {
-                self.sampler.candidates(logits)?
-            }
+            Row::Logits(logits) if !self.changes_logits() => self.sampler.candidates(logits)?,
             Row::Logits(logits) => {
                 let mut logits = logits.to_vec();
                 self.options.penalties.apply(&mut logits, &self.seen);
+                if let Some(guide) = &mut self.options.guide {
+                    guide.rule_out(&mut logits)?;
+                }
                 self.sampler.candidates(&logits)?
             }
         };
@@ -247,11 +252,16 @@ impl<'e> Sequence<'e> {
         if !self.options.ignore_eos && eos.contains(&token) {
             return Ok(Some(Finish::EndOfText));
         }
+        let complete = match &mut self.options.guide {
+            Some(guide) => guide.push(token)?,
+            None => false,
+        };
         let piece = self.stream.push(token)?;
         text.push_str(&piece.text);
         let new = self.tokens.len() - self.prompt;
         Ok(match piece.stopped {
             Some(index) => Some(Finish::StopString(index)),
+            None if complete => Some(Finish::EndOfText),
             None if new == self.options.max_new_tokens => Some(Finish::MaxNewTokens),
             None if self.tokens.len() == self.longest => Some(Finish::ContextFull),
             None => None,

@@ -59,19 +59,16 @@ pub(super) async fn answer(
     {
         return Err(fields.wrong("modalities", "must be [\"text\"]"));
     }
-    if let Some(mut format) = fields.object("response_format")? {
-        only(&mut format, "type", &["text"])?;
-        format.finish()?;
-    }
     let longest = take_longest(
         &mut fields,
         &["max_tokens", "max_completion_tokens"],
         usize::MAX,
         server.settings.limits.new_tokens,
     )?;
-    let options = Options::take(&mut fields, &server, longest)?;
+    let mut options = Options::take(&mut fields, &server, longest)?;
     let logprobs = take_logprobs(&mut fields)?;
     fields.finish()?;
+    options.make_guide(&server).await?;
 
     let prompt = conversation.prompt(&server)?;
     let requests = options.requests(&[prompt], logprobs);

@@ -44,7 +44,7 @@ pub(super) async fn answer(
         DEFAULT_LONGEST,
         limits.new_tokens,
     )?;
-    let options = Options::take(&mut fields, &server, longest)?;
+    let mut options = Options::take(&mut fields, &server, longest)?;
     if let Some(best_of) = fields.take::<usize>("best_of")?
         && best_of != options.choices()
     {
@@ -53,6 +53,7 @@ pub(super) async fn answer(
     let logprobs = fields.within("logprobs", 0..=MOST_LOGPROBS)?;
     let prompts = take_prompts(&mut fields, &server)?;
     fields.finish()?;
+    options.make_guide(&server).await?;
     let answers = prompts.len() * options.choices();
     if answers > limits.choices {
         let what = format!(

@@ -10,7 +10,8 @@ use serde::Deserialize;
 
 use super::{Server, error::ApiError, fields::Fields};
 use crate::{
-    engine::GenerateOptions, penalties::Penalties, sampler::SamplerConfig, service::Request,
+    engine::GenerateOptions, grammar::Grammar, penalties::Penalties, sampler::SamplerConfig,
+    service::Request,
 };
 
 /// Most alternatives that a token's probability can be given with.
@@ -25,6 +26,7 @@ const LABELS: [&str; 4] = ["user", "metadata", "safety_identifier", "prompt_cach
 #[derive(Debug)]
 pub(super) struct Options {
     generate: GenerateOptions,
+    grammar: Option<Grammar>,
     /// Answers for each prompt.
     choices: usize,
     pub(super) stream: bool,
@@ -100,11 +102,26 @@ impl Options {
                 stop,
                 add_bos: false,
                 ignore_eos,
+                guide: None,
             },
+            grammar: take_grammar(fields)?,
             choices,
             stream,
             include_usage,
         })
+    }
+
+    /// Makes what keeps the answers to the grammar that was asked for; others go on meanwhile.
+    pub(super) async fn make_guide(&mut self, server: &Server) -> Result<(), ApiError> {
+        let Some(grammar) = self.grammar.take() else {
+            return Ok(());
+        };
+        let service = server.service.clone();
+        let made = tokio::task::spawn_blocking(move || service.guide(&grammar)).await;
+        let guide = made.map_err(|_| ApiError::field("response_format", "is too much"))?;
+        let guide = guide.map_err(|error| ApiError::field("response_format", error))?;
+        self.generate.guide = Some(guide);
+        Ok(())
     }
 
     /// A request for each answer: all of the first prompt, then all of the second.
@@ -129,6 +146,36 @@ impl Options {
     pub(super) fn choices(&self) -> usize {
         self.choices
     }
+}
+
+/// What answers have to be, if anything.
+fn take_grammar(fields: &mut Fields) -> Result<Option<Grammar>, ApiError> {
+    let Some(mut format) = fields.object("response_format")? else {
+        return Ok(None);
+    };
+    let kind: String = format.require("type")?;
+    let grammar = match kind.as_str() {
+        "text" => None,
+        "json_object" => Some(Grammar::JsonObject),
+        "json_schema" => {
+            let Some(mut schema) = format.object("json_schema")? else {
+                return Err(format.wrong("json_schema", "is missing"));
+            };
+            // What they name is for models that are told; this server is always strict.
+            for label in ["name", "description", "strict"] {
+                schema.take::<serde_json::Value>(label)?;
+            }
+            let grammar = Grammar::JsonSchema(schema.require("schema")?);
+            schema.finish()?;
+            Some(grammar)
+        }
+        other => {
+            let what = format!("is {other:?}: must be text, json_object or json_schema");
+            return Err(format.wrong("type", what));
+        }
+    };
+    format.finish()?;
+    Ok(grammar)
 }
 
 /// How many tokens a request asks for under any of these names, or `default`.

@@ -177,9 +177,21 @@ fn complaints_name_the_field() {
         ),
         (
             "response_format",
-            json!({ "type": "json_object" }),
+            json!({ "type": "xml" }),
             "response_format.type",
-            "only text",
+            "must be text, json_object or json_schema",
+        ),
+        (
+            "response_format",
+            json!({ "type": "json_schema" }),
+            "response_format.json_schema",
+            "is missing",
+        ),
+        (
+            "response_format",
+            json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": { "type": "strin" } } }),
+            "response_format",
+            "strin",
         ),
         ("n", json!(17), "n", "between 1 and 16"),
     ] {
