@@ -217,7 +217,8 @@ impl Mpi {
                     }
                     for (start, length) in parts(bytes.len()) {
                         let bytes = bytes[start..start + length].to_vec();
-                        batch.sends.push(self.comm.send(self.me(), *to, bytes)?);
+                        let sent = self.comm.send(ffi::MPI_Isend, self.me(), *to, bytes)?;
+                        batch.sends.push(sent);
                     }
                 }
                 Transfer::Receive { from, into } => {
@@ -488,12 +489,12 @@ impl Alarm {
             other => other.to_string(),
         };
         let others = (0..self.size).filter(|&rank| rank != self.rank);
-        // Who cannot be told sees its deadline.
+        // Done when the others have heard: a launcher ends them as soon as this process has ended. Who cannot be told sees
+        // its deadline.
         let mut sends: Vec<Part> = others
             .filter_map(|to| {
-                self.comm
-                    .send(self.rank, to, reason.clone().into_bytes())
-                    .ok()
+                let reason = reason.clone().into_bytes();
+                self.comm.send(ffi::MPI_Issend, self.rank, to, reason).ok()
             })
             .collect();
         let start = Instant::now();
@@ -512,13 +513,24 @@ struct Message {
     length: usize,
 }
 
+/// `MPI_Isend`, or `MPI_Issend`, which is done when the other side has begun to receive.
+type Isend = unsafe extern "C" fn(
+    *const c_void,
+    c_int,
+    ffi::MPI_Datatype,
+    c_int,
+    c_int,
+    ffi::MPI_Comm,
+    *mut ffi::MPI_Request,
+) -> c_int;
+
 impl Handle {
-    fn send(&self, rank: usize, to: usize, bytes: Vec<u8>) -> Result<Part, CommError> {
+    fn send(&self, how: Isend, rank: usize, to: usize, bytes: Vec<u8>) -> Result<Part, CommError> {
         // SAFETY: `request` is written by the call before it is read. The bytes are on the heap and stay there until the
         // request is done: whoever drops a part before leaves them to MPI.
         let (code, request) = unsafe {
             let mut request = ffi::RSMPI_REQUEST_NULL;
-            let code = ffi::MPI_Isend(
+            let code = how(
                 bytes.as_ptr().cast(),
                 bytes.len() as c_int,
                 ffi::RSMPI_UINT8_T,
@@ -529,7 +541,7 @@ impl Handle {
             );
             (code, request)
         };
-        check(rank, "MPI_Isend", code)?;
+        check(rank, "MPI_Isend or MPI_Issend", code)?;
         Ok(Part {
             peer: to,
             request,
