@@ -148,12 +148,10 @@ impl Share<'_> {
 
 /// What a stage has kept of a forward pass for its backward pass.
 struct Kept {
-    /// What computed it, or will.
-    part: Part,
     /// Gets a gradient; `None` in the first stage.
     input: Option<Tensor<3>>,
-    /// `None` if it has to be computed again.
-    output: Option<StageOutput>,
+    /// With what computed it; `None` if it has to be computed again.
+    output: Option<(Part, StageOutput)>,
 }
 
 /// A forward pass that can be computed on any thread.
@@ -277,9 +275,10 @@ impl<'a> Execution<'a> {
         match &self.plain {
             Some(plain) => ForwardPass {
                 part: plain.clone(),
+                stage: self.stage(chunk),
                 input,
                 windows: self.windows(chunk).inner(),
-                ..self.tracked(chunk, None)
+                weights: self.share.terms.weights,
             },
             None => self.tracked(chunk, input),
         }
@@ -302,9 +301,8 @@ impl<'a> Execution<'a> {
         self.hand_on_result(chunk, &output);
         self.done.order.push(Action::Forward(chunk));
         let kept = Kept {
-            part: pass.part,
             input: pass.input,
-            output: self.plain.is_none().then_some(output),
+            output: self.plain.is_none().then_some((pass.part, output)),
         };
         self.kept.insert(chunk, kept);
     }
@@ -313,17 +311,15 @@ impl<'a> Execution<'a> {
     /// whose gradient it is.
     fn begin_backward(&mut self, chunk: Chunk) -> Root {
         let terms = self.share.terms;
-        let Kept {
-            mut part,
-            mut input,
-            output,
-        } = self.kept.remove(&chunk).expect("F comes before B");
-        let output = output.unwrap_or_else(|| {
-            let pass = self.tracked(chunk, input.take());
-            let output = pass.compute();
-            (part, input) = (pass.part, pass.input);
-            output
-        });
+        let Kept { input, output } = self.kept.remove(&chunk).expect("F comes before B");
+        let (part, input, output) = match output {
+            Some((part, output)) => (part, input, output),
+            None => {
+                let pass = self.tracked(chunk, input);
+                let output = pass.compute();
+                (pass.part, pass.input, output)
+            }
+        };
         let balance = output.balance * terms.weights.balance;
         let count = terms.micro_batches as f64;
         let loss = match output.result {
