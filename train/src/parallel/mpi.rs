@@ -217,7 +217,7 @@ impl Mpi {
                     }
                     for (start, length) in parts(bytes.len()) {
                         let bytes = bytes[start..start + length].to_vec();
-                        let sent = self.comm.send(ffi::MPI_Isend, self.me(), *to, bytes)?;
+                        let sent = self.comm.send(Until::Sent, self.me(), *to, bytes)?;
                         batch.sends.push(sent);
                     }
                 }
@@ -494,7 +494,7 @@ impl Alarm {
         let mut sends: Vec<Part> = others
             .filter_map(|to| {
                 let reason = reason.clone().into_bytes();
-                self.comm.send(ffi::MPI_Issend, self.rank, to, reason).ok()
+                self.comm.send(Until::Heard, self.rank, to, reason).ok()
             })
             .collect();
         let start = Instant::now();
@@ -513,24 +513,41 @@ struct Message {
     length: usize,
 }
 
-/// `MPI_Isend`, or `MPI_Issend`, which is done when the other side has begun to receive.
-type Isend = unsafe extern "C" fn(
-    *const c_void,
-    c_int,
-    ffi::MPI_Datatype,
-    c_int,
-    c_int,
-    ffi::MPI_Comm,
-    *mut ffi::MPI_Request,
-) -> c_int;
+/// When a send is done.
+#[derive(Clone, Copy)]
+enum Until {
+    /// MPI needs its memory no more.
+    Sent,
+    /// The other side has begun to receive.
+    Heard,
+}
+
+impl Until {
+    fn call(self) -> &'static str {
+        match self {
+            Self::Sent => "MPI_Isend",
+            Self::Heard => "MPI_Issend",
+        }
+    }
+}
 
 impl Handle {
-    fn send(&self, how: Isend, rank: usize, to: usize, bytes: Vec<u8>) -> Result<Part, CommError> {
+    fn send(
+        &self,
+        until: Until,
+        rank: usize,
+        to: usize,
+        bytes: Vec<u8>,
+    ) -> Result<Part, CommError> {
         // SAFETY: `request` is written by the call before it is read. The bytes are on the heap and stay there until the
         // request is done: whoever drops a part before leaves them to MPI.
         let (code, request) = unsafe {
             let mut request = ffi::RSMPI_REQUEST_NULL;
-            let code = how(
+            let send = match until {
+                Until::Sent => ffi::MPI_Isend,
+                Until::Heard => ffi::MPI_Issend,
+            };
+            let code = send(
                 bytes.as_ptr().cast(),
                 bytes.len() as c_int,
                 ffi::RSMPI_UINT8_T,
@@ -541,7 +558,7 @@ impl Handle {
             );
             (code, request)
         };
-        check(rank, "MPI_Isend or MPI_Issend", code)?;
+        check(rank, until.call(), code)?;
         Ok(Part {
             peer: to,
             request,
