@@ -11,9 +11,13 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData},
 };
 use clap::{Parser, ValueEnum};
-use deepburn_kernels::compact::CompactFormat;
+use deepburn_kernels::{awake::awake, compact::CompactFormat};
 use deepburn_model::{
-    checkpoint::hf_config, config::ModelConfig, loss::BalanceReading, parameters,
+    attention::{Layout, Span},
+    checkpoint::hf_config,
+    config::ModelConfig,
+    loss::BalanceReading,
+    parameters,
     transformer::Transformer,
 };
 use deepburn_train::{
@@ -27,6 +31,8 @@ use deepburn_train::{
 mod allocator;
 
 const NEW_TOKENS: usize = 128;
+/// Tokens per page of the cache, as in generation.
+const PAGE: usize = 64;
 
 /// What is measured, and at which sizes.
 #[derive(Debug, Parser)]
@@ -126,6 +132,7 @@ fn training(config: &ModelConfig, args: &Args, device: &Device) {
     for step in 0..args.steps + 2 {
         let shape = [args.sequences, args.length + 1];
         let windows = tokens(config, shape, step as u64, &device);
+        let awake = awake(&device);
         let started = Instant::now();
         let losses = losses(&model, windows, None, weights);
         let loads: Vec<Vec<u64>> = losses
@@ -152,6 +159,7 @@ fn training(config: &ModelConfig, args: &Args, device: &Device) {
             rule,
         );
         let whole = started.elapsed().as_secs_f64();
+        drop(awake);
         if step >= 2 {
             parts[0].push(forward);
             parts[1].push(backward - forward);
@@ -178,18 +186,33 @@ fn decoding(
     context: usize,
     device: &Device,
 ) {
+    let room = (context + NEW_TOKENS + 1).div_ceil(PAGE);
     let mut rates = Vec::new();
     for run in 0..5 {
-        let mut cache = model.new_cache();
-        let mut next = tokens(config, [batch, context], run, device);
+        let _awake = awake(device);
+        let mut cache = model.new_paged_cache(batch * room);
+        let mut next = tokens(config, [1, batch * context], run, device);
+        let (mut start, mut length) = (0, context);
         let mut started = Instant::now();
         for token in 0..=NEW_TOKENS {
-            let hidden = model.forward_cached(next, &mut cache).hidden;
-            let last = hidden.dims()[1] - 1;
-            next = model
-                .logits(hidden.narrow(1, last, 1))
-                .argmax(2)
-                .reshape([batch, 1]);
+            let spans = (0..batch).map(|sequence| Span {
+                pages: (sequence * room..(sequence + 1) * room)
+                    .map(|page| page as u32)
+                    .collect(),
+                start,
+                length,
+            });
+            let layout = Layout {
+                page: PAGE,
+                spans: spans.collect(),
+            };
+            let hidden = model.forward_paged(next, &mut cache, &layout).hidden;
+            let width = config.hidden_size;
+            let last = hidden
+                .reshape([batch, length, width])
+                .narrow(1, length - 1, 1);
+            next = model.logits(last).argmax(2).reshape([1, batch]);
+            (start, length) = (start + length, 1);
             if token == 0 {
                 started = Instant::now();
             }

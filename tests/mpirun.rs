@@ -77,7 +77,11 @@ fn processes_train_as_one_does() {
         ("experts", &["parallel.expert=4"]),
         (
             "layers-and-experts",
-            &["parallel.pipeline=2", "parallel.expert=2"],
+            &[
+                "parallel.pipeline=2",
+                "parallel.expert=2",
+                "parallel.schedule=dualpipe-v",
+            ],
         ),
         ("replicas", &["parallel.data=2"]),
     ] {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use deepburn_model::config::ModelConfig;
+use rayon::ThreadPoolBuilder;
 use tokenizers::Tokenizer;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -197,7 +198,9 @@ impl Service {
             statistics: Mutex::default(),
         });
         let serving = Arc::clone(&shared);
-        thread::spawn(move || serve(&engine, &serving));
+        // With threads of its own, of which it is one: a thread beside them would wait for them at every operation.
+        let threads = ThreadPoolBuilder::new().build().expect("threads start");
+        thread::spawn(move || threads.install(|| serve(&engine, &serving)));
         Self(Arc::new(Handle(shared)))
     }
 

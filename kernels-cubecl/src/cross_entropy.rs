@@ -15,12 +15,15 @@ use burn::{
         backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Int, Shape, Tensor, activation::log_softmax},
+    tensor::{Int, Tensor, activation::log_softmax},
 };
 use rayon::prelude::*;
 
 use crate::{
-    flex::{ascending, contiguous, dims, elements, float_tensor, indices, is_native_f32, matrix},
+    flex::{
+        ascending, contiguous, dims, elements, elements_mut, float_tensor, indices, is_native_f32,
+        matrix,
+    },
     gemm::{Into, Matrix, add_product, multiply},
     vector::{exp, max, sum, vectorized},
 };
@@ -90,6 +93,9 @@ pub(crate) trait CrossEntropyGrad: burn::backend::Backend {
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> [FloatTensor<Self>; 3];
+
+    /// A gradient times that of the loss, a single number.
+    fn scaled(grad: FloatTensor<Self>, scale: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 impl CrossEntropyOps for Flex {
@@ -246,6 +252,17 @@ impl CrossEntropyGrad for Flex {
             float_tensor(grad_weight, [width, classes]),
         ]
     }
+
+    fn scaled(mut grad: FloatTensor<Self>, scale: FloatTensor<Self>) -> FloatTensor<Self> {
+        let scale = elements::<f32>(&contiguous(scale))[0];
+        // That of a loss that is itself what is minimised.
+        if scale != 1.0 {
+            elements_mut::<f32>(&mut grad)
+                .par_iter_mut()
+                .for_each(|grad| *grad *= scale);
+        }
+        grad
+    }
 }
 
 /// The highest logit and the sum of `e^(logit - highest)`. Kept apart: added up as a log-sum-exp, a probability near
@@ -329,8 +346,7 @@ impl<B: CrossEntropyOps + CrossEntropyGrad> Backward<B, 2> for HeadCrossEntropy 
         let scale = grads.consume::<B>(&ops.node);
         for (node, grad) in ops.parents.into_iter().zip(ops.state) {
             if let Some(node) = node {
-                let scale = B::float_reshape(scale.clone(), Shape::new([1, 1]));
-                grads.register::<B>(node.id, B::float_mul(grad, scale));
+                grads.register::<B>(node.id, B::scaled(grad, scale.clone()));
             }
         }
     }

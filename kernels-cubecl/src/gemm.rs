@@ -4,7 +4,10 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use crate::flex::Scalar;
+use crate::{
+    flex::Scalar,
+    parts::{Panel, by_panels},
+};
 
 /// A matrix seen in a slice.
 #[derive(Clone, Copy)]
@@ -72,6 +75,11 @@ impl<'a, T> Matrix<'a, T> {
         }
     }
 
+    /// Some of the columns.
+    fn columns(self, columns: std::ops::Range<usize>) -> Self {
+        self.transposed().rows(columns).transposed()
+    }
+
     /// A row whose elements are neighbours.
     pub(crate) fn row(self, row: usize) -> &'a [T] {
         assert_eq!(self.column_stride, 1, "the elements of a row are apart");
@@ -100,6 +108,9 @@ pub(crate) enum Into {
 
 /// `a b`, row-major, computed by all threads.
 pub(crate) fn product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
+    if a.rows <= FEW {
+        return by_columns(a, b);
+    }
     let length = a.rows * b.columns;
     let mut out = Vec::with_capacity(length);
     by_rows(a, b, &mut out.spare_capacity_mut()[..length], multiply_into);
@@ -116,6 +127,30 @@ pub(crate) fn add_product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &m
     by_rows(a, b, out, |a, b, out| multiply(a, b, out, Into::Add));
 }
 
+/// Multiplications that are worth another thread.
+const WORTH: usize = 1 << 18;
+/// Rows up to which a product is as fast as `b` is read, so that threads should not read the same of it.
+const FEW: usize = 16;
+
+/// The product, of which every thread computes some columns.
+fn by_columns<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
+    /// Columns of a part are a multiple of it: whole vectors.
+    const VECTORS: usize = 64;
+    let work = a.rows * a.columns * b.columns;
+    let parts = (work / WORTH).clamp(1, rayon::current_num_threads());
+    let width = b.columns.div_ceil(parts).next_multiple_of(VECTORS);
+    let panels: Vec<Panel> = (0..b.columns)
+        .step_by(width)
+        .map(|start| Panel {
+            rows: 0..a.rows,
+            columns: start..b.columns.min(start + width),
+        })
+        .collect();
+    by_panels([a.rows, b.columns], &panels, |at, out| {
+        multiply(a, b.columns(panels[at].columns.clone()), out, Into::Replace);
+    })
+}
+
 /// Hands parts of the rows of the result to the threads.
 fn by_rows<T: Scalar, O: Send>(
     a: Matrix<'_, T>,
@@ -123,8 +158,6 @@ fn by_rows<T: Scalar, O: Send>(
     out: &mut [O],
     multiply: impl Fn(Matrix<'_, T>, Matrix<'_, T>, &mut [O]) + Sync,
 ) {
-    /// Multiplications that are worth waking another thread for.
-    const WORTH: usize = 1 << 20;
     let work = a.rows * a.columns * b.columns;
     let parts = (work / WORTH).clamp(1, rayon::current_num_threads());
     if parts == 1 || a.rows < 2 {

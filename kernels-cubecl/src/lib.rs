@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod awake;
 pub mod bf16;
 pub mod compact;
 pub mod cross_entropy;
@@ -14,6 +15,7 @@ mod flex;
 pub mod fp8;
 mod gemm;
 pub mod grouped_gemm;
+pub mod grouped_swiglu;
 pub mod linear;
 pub mod mla_decode;
 pub mod mla_paged;

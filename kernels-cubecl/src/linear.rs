@@ -98,7 +98,7 @@ impl<B: LinearOps + LinearGrad> Backward<B, 2> for LinearProduct {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let weight_grad = Weight::of(&ops);
+        let weight_grad = Weight::of(&ops, 1);
         let [x, weight] = ops.state;
         let [x_node, _] = ops.parents;
         if let (Some(weight_grad), Some(x)) = (weight_grad, x) {

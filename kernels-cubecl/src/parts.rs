@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "memory is used before all of it is initialised")]
 
-use std::{mem::MaybeUninit, ops::Range};
+use std::{cmp::Reverse, mem::MaybeUninit, ops::Range};
 
 use rayon::prelude::*;
 
@@ -56,23 +56,45 @@ pub(crate) fn by_sizes<T: Scalar>(
     sizes: &[usize],
     fill: impl Fn(usize, &mut [T]) + Sync,
 ) -> Vec<T> {
-    let length = sizes.iter().sum();
-    let mut out = Vec::with_capacity(length);
-    let mut rest = fresh(&mut out, length);
-    let mut parts = Vec::with_capacity(sizes.len());
-    for (part, &size) in sizes.iter().enumerate() {
-        let (elements, others) = rest.split_at_mut(size);
-        parts.push((part, elements));
-        rest = others;
-    }
-    parts
-        .into_par_iter()
-        .for_each(|(part, elements)| fill(part, zeroed(elements)));
-    // SAFETY: as in `by_parts`.
-    unsafe {
-        out.set_len(length);
-    }
+    let [out] = by_rows(sizes, [1], |part, [out]: [&mut [T]; 1]| fill(part, out));
     out
+}
+
+/// Matrices of the given widths, in parts that are some rows of each of them. The parts follow each other, and each is
+/// filled as in [`by_parts`]; those of most rows are begun first, so that threads end together.
+pub(crate) fn by_rows<T: Scalar, const N: usize>(
+    rows: &[usize],
+    widths: [usize; N],
+    fill: impl Fn(usize, [&mut [T]; N]) + Sync,
+) -> [Vec<T>; N] {
+    let lengths = widths.map(|width| width * rows.iter().sum::<usize>());
+    let mut all = lengths.map(Vec::with_capacity);
+    let mut parts: Vec<_> = rows.iter().map(|_| [const { None }; N]).collect();
+    for (which, out) in all.iter_mut().enumerate() {
+        let mut rest = fresh(out, lengths[which]);
+        for (part, rows) in parts.iter_mut().zip(rows) {
+            let (elements, others) = rest.split_at_mut(rows * widths[which]);
+            part[which] = Some(elements);
+            rest = others;
+        }
+    }
+    let mut parts: Vec<_> = parts.into_iter().enumerate().collect();
+    parts.sort_by_key(|&(part, _)| Reverse(rows[part]));
+    let fill = |(part, elements): (usize, [Option<&mut [MaybeUninit<T>]>; N])| {
+        let elements = elements.map(|elements| zeroed(elements.expect("of every matrix")));
+        fill(part, elements);
+    };
+    match parts.len() {
+        1 => parts.into_iter().for_each(fill),
+        _ => parts.into_iter().par_bridge().for_each(fill),
+    }
+    for (out, length) in all.iter_mut().zip(lengths) {
+        // SAFETY: as in `by_parts`.
+        unsafe {
+            out.set_len(length);
+        }
+    }
+    all
 }
 
 /// Some rows and columns of a matrix.
@@ -93,7 +115,7 @@ pub(crate) fn by_panels<T: Scalar>(
         .map(|panel| panel.rows.len() * panel.columns.len());
     let sizes: Vec<usize> = sizes.collect();
     let filled = by_sizes(&sizes, fill);
-    if rows == 1 && filled.len() == columns {
+    if filled.len() == rows * columns && (rows == 1 || panels.len() == 1) {
         return filled;
     }
     let mut out = vec![T::ZERO; rows * columns];
@@ -138,6 +160,12 @@ mod tests {
         assert_eq!((first, second), (vec![0.0, 0.0, 1.0], vec![5.0, 0.0, 5.0]));
         let out = by_sizes(&[2, 0, 1], |part, out: &mut [f32]| out.fill(part as f32));
         assert_eq!(out, [0.0, 0.0, 2.0]);
+        let [narrow, wide] = by_rows(&[1, 2], [1, 2], |part, [narrow, wide]: [&mut [f32]; 2]| {
+            narrow.fill(part as f32);
+            wide[0] = 3.0;
+        });
+        assert_eq!(narrow, [0.0, 1.0, 1.0]);
+        assert_eq!(wide, [3.0, 0.0, 3.0, 0.0, 0.0, 0.0]);
         let (out, _) = by_parts(0, 0, |_, _: &mut [f32]| ());
         assert!(out.is_empty());
     }

@@ -59,12 +59,7 @@ impl SwigluOps for Flex {
         let (gate, up) = (elements::<f32>(&gate), elements::<f32>(&up));
         let (out, _) = by_parts(gate.len(), CHUNK, |part, out: &mut [f32]| {
             let part = part * CHUNK..part * CHUNK + out.len();
-            let (gate, up) = (&gate[part.clone()], &up[part]);
-            vectorized(|| {
-                for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                    *out = gate * sigmoid(gate) * up;
-                }
-            });
+            vectorized(|| self::gate(&gate[part.clone()], &up[part], out));
         });
         float_tensor(out, shape)
     }
@@ -86,19 +81,39 @@ impl SwigluGrad for Flex {
         let fill = |part: usize, grad_gate: &mut [f32], grad_up: &mut [f32]| {
             let part = part * CHUNK..part * CHUNK + grad_up.len();
             let (grad, gate, up) = (&grad[part.clone()], &gate[part.clone()], &up[part]);
-            vectorized(|| {
-                for i in 0..grad.len() {
-                    let s = sigmoid(gate[i]);
-                    grad_up[i] = grad[i] * gate[i] * s;
-                    grad_gate[i] = grad[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-                }
-            });
+            vectorized(|| gate_grad(grad, gate, up, grad_gate, grad_up));
         };
         let [grad_gate, grad_up] = two_by_parts(gate.len(), CHUNK, fill);
         (
             float_tensor(grad_gate, shape.clone()),
             float_tensor(grad_up, shape),
         )
+    }
+}
+
+/// `out = silu(gate) * up`, in a loop that [`vectorized`] compiles.
+#[inline(always)]
+pub(crate) fn gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+        *out = gate * sigmoid(gate) * up;
+    }
+}
+
+/// The gradients of [`gate`] with respect to its inputs.
+#[inline(always)]
+pub(crate) fn gate_grad(
+    grad: &[f32],
+    gate: &[f32],
+    up: &[f32],
+    grad_gate: &mut [f32],
+    grad_up: &mut [f32],
+) {
+    let inputs = grad.iter().zip(gate).zip(up);
+    let outputs = grad_gate.iter_mut().zip(grad_up);
+    for (((&grad, &gate), &up), (grad_gate, grad_up)) in inputs.zip(outputs) {
+        let s = sigmoid(gate);
+        *grad_up = grad * gate * s;
+        *grad_gate = grad * up * s * (1.0 + gate * (1.0 - s));
     }
 }
 

@@ -118,7 +118,7 @@ impl Lift for burn::backend::Cube {
     }
 }
 
-/// The weight of a layer's backward pass, the second of its inputs.
+/// A weight of a layer's backward pass.
 #[derive(Clone, Copy)]
 pub(crate) struct Weight {
     node: NodeId,
@@ -127,10 +127,9 @@ pub(crate) struct Weight {
 }
 
 impl Weight {
-    /// The weight, if it has a gradient.
-    pub(crate) fn of<S>(ops: &Ops<S, 2>) -> Option<Self> {
-        let [_, weight] = &ops.parents;
-        weight.as_ref().map(|weight| Self {
+    /// The weight that is this input of the layer, if it has a gradient.
+    pub(crate) fn of<S, const N: usize>(ops: &Ops<S, N>, input: usize) -> Option<Self> {
+        ops.parents[input].as_ref().map(|weight| Self {
             node: weight.id,
             can_wait: match weight.parents.as_slice() {
                 [] => true,

@@ -39,6 +39,11 @@ impl Arithmetic {
         recompute: false,
     };
 
+    /// Whether all is in the type of the weights.
+    pub(crate) fn is_full(self) -> bool {
+        self.fp8.is_none() && !self.bf16
+    }
+
     /// Products in FP8 and nothing else: what a checkpoint in FP8 means.
     pub fn fp8(format: ScaleFormat) -> Self {
         Self {

@@ -330,6 +330,7 @@ fn train(
         shape: job.shape.clone(),
         data: job.data.clone(),
         batches: 1,
+        alone_on: None,
         done,
         history: beginning.history(),
         outcome: run::outcome(done),

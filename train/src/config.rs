@@ -524,11 +524,14 @@ impl TrainConfig {
         let schedule = Schedule::from(parallel.schedule);
         let timeline = schedule.timeline(parallel.pipeline, each);
         timeline.map_err(|refused| {
-            let key = match refused.field {
-                "ranks" => "parallel.pipeline",
-                _ => "batch.accumulation",
+            if refused.field == "ranks" {
+                return ConfigError::rule("parallel.pipeline", refused.value, &refused.rule);
+            }
+            let rule = match pipelines {
+                1 => refused.rule,
+                _ => format!("{} in each of {pipelines} pipelines, not {each}", refused.rule),
             };
-            ConfigError::rule(key, refused.value, &refused.rule)
+            ConfigError::rule("batch.accumulation", *accumulation, &rule)
         })?;
         Ok(())
     }

@@ -244,6 +244,7 @@ pub fn run(
         shape,
         data,
         batches: config.batch.accumulation,
+        alone_on: Some(options.device.clone()),
         done,
         history: beginning.history(),
         outcome: outcome(done),

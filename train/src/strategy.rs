@@ -21,6 +21,7 @@ use burn::{
     },
 };
 
+use deepburn_kernels::awake::{Awake, awake};
 use deepburn_model::config::ModelConfig;
 
 use crate::{
@@ -77,6 +78,8 @@ pub(crate) struct Plan {
     pub(crate) data: crate::data::Prepared,
     /// Batches that a step takes: micro-batches on one device, one for all of them where ranks share them.
     pub(crate) batches: usize,
+    /// The device of a run of one rank.
+    pub(crate) alone_on: Option<Device>,
     /// Steps done before.
     pub(crate) done: u64,
     /// What happened in them.
@@ -234,6 +237,7 @@ impl<M: Trained> Run<'_, M> {
         batches: &mut Box<dyn DataLoaderIterator<Batch> + '_>,
     ) -> Result<Stepped, TrainError> {
         let config = &self.plan.config;
+        let _awake = self.awake();
         let exchange = self.learner.model().exchange().clone();
         let steps = config.run.steps;
         let due = step + 1 == steps || (step + 1).is_multiple_of(config.checkpoint.interval);
@@ -308,12 +312,19 @@ impl<M: Trained> Run<'_, M> {
         })
     }
 
+    /// Keeps threads awake, but not those that several ranks share: they would take up a step of one within that of
+    /// another, which waits for it.
+    fn awake(&self) -> Option<Awake> {
+        self.plan.alone_on.as_ref().map(awake)
+    }
+
     fn measured(&self, report: StepReport) -> StepReport {
         let split = &self.plan.data.report.train;
         report.with_text_measures(split.bytes as f64 / split.tokens as f64)
     }
 
     fn validate(&mut self, stretch: usize, step: u64) -> Result<StepReport, TrainError> {
+        let _awake = self.awake();
         let model = self.learner.model().valid();
         let total_items = self.valid.num_items();
         self.valid_event(LearnerEvent::StartSplit {

@@ -15,6 +15,7 @@ pub(crate) mod tests;
 use std::{collections::VecDeque, ops::ControlFlow, time::Instant};
 
 use burn::tensor::{Int, Tensor, TensorData};
+use deepburn_kernels::awake::awake;
 use deepburn_model::{
     attention::{Layout, PagedCache, Span},
     moe::MoeOutput,
@@ -239,6 +240,7 @@ impl<'e> Batch<'e> {
         if self.running.is_empty() {
             return;
         }
+        let _awake = awake(&self.engine.device);
         if let Err(error) = self.try_step() {
             let message = error.to_string();
             for sequence in std::mem::take(&mut self.running) {

@@ -82,7 +82,7 @@ impl<B: Fp8Ops + Lift> Backward<B, 2> for Linear {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let weight_grad = Weight::of(&ops);
+        let weight_grad = Weight::of(&ops, 1);
         let (x, weight, format) = ops.state;
         let [x_node, _] = ops.parents;
         let x = kept.retrieve_node_output(x);

@@ -21,7 +21,7 @@ impl<B: GroupedGemmOps + GroupedGemmGrad> Backward<B, 2> for SegmentMatmul {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let weight_grad = Weight::of(&ops);
+        let weight_grad = Weight::of(&ops, 1);
         let (x, weights, counts) = ops.state;
         let [x_node, _] = ops.parents;
         if let Some(weight_grad) = weight_grad {

@@ -11,7 +11,7 @@ use super::{GroupedGemmGrad, GroupedGemmOps};
 use crate::{
     flex::{FlexInt, Scalar, contiguous, dims, elements, float_tensor, indices, with_scalar},
     gemm::{Into, Matrix, multiply},
-    parts::{by_parts, by_sizes},
+    parts::{by_parts, by_rows},
 };
 
 impl GroupedGemmOps for Flex {
@@ -21,10 +21,10 @@ impl GroupedGemmOps for Flex {
         counts: IntTensor<Self>,
     ) -> FloatTensor<Self> {
         let ([rows, _], [_, k, n]) = (dims(&x), dims(&weights));
-        let (x, weights, segments) = (contiguous(x), contiguous(weights), segments(&counts));
+        let (x, weights, segments) = (contiguous(x), contiguous(weights), segments(&counts, rows));
         with_scalar!(x, T => {
             let weight = |e| Matrix::of(&elements::<T>(&weights)[e * k * n..], k, n);
-            float_tensor(by_segment(elements::<T>(&x), [rows, k, n], &segments, weight), [rows, n])
+            float_tensor(by_segment(elements::<T>(&x), [k, n], &segments, weight), [rows, n])
         })
     }
 }
@@ -36,10 +36,14 @@ impl GroupedGemmGrad for Flex {
         counts: IntTensor<Self>,
     ) -> FloatTensor<Self> {
         let ([rows, _], [_, k, n]) = (dims(&grad), dims(&weights));
-        let (grad, weights, segments) = (contiguous(grad), contiguous(weights), segments(&counts));
+        let (grad, weights, segments) = (
+            contiguous(grad),
+            contiguous(weights),
+            segments(&counts, rows),
+        );
         with_scalar!(grad, T => {
             let weight = |e| Matrix::of(&elements::<T>(&weights)[e * k * n..], k, n).transposed();
-            float_tensor(by_segment(elements::<T>(&grad), [rows, n, k], &segments, weight), [rows, k])
+            float_tensor(by_segment(elements::<T>(&grad), [n, k], &segments, weight), [rows, k])
         })
     }
 
@@ -48,17 +52,17 @@ impl GroupedGemmGrad for Flex {
         grad: FloatTensor<Self>,
         counts: IntTensor<Self>,
     ) -> FloatTensor<Self> {
-        let ([_, k], [_, n]) = (dims(&x), dims(&grad));
-        let (x, grad, segments) = (contiguous(x), contiguous(grad), segments(&counts));
+        let ([rows, k], [_, n], [experts]) = (dims(&x), dims(&grad), dims(&counts));
+        let (x, grad, segments) = (contiguous(x), contiguous(grad), segments(&counts, rows));
         with_scalar!(x, T => {
             let (x, grad) = (elements::<T>(&x), elements::<T>(&grad));
-            let (out, _) = by_parts(segments.len() * k * n, k * n, |expert, out| {
+            let (out, _) = by_parts(experts * k * n, k * n, |expert, out| {
                 let rows = &segments[expert];
                 let x = Matrix::of(&x[rows.start * k..], rows.len(), k).transposed();
                 let grad = Matrix::of(&grad[rows.start * n..], rows.len(), n);
                 multiply(x, grad, out, Into::Replace);
             });
-            float_tensor(out, [segments.len(), k, n])
+            float_tensor(out, [experts, k, n])
         })
     }
 }
@@ -66,29 +70,26 @@ impl GroupedGemmGrad for Flex {
 /// `y_e = x_e M_e` for every segment, where `weight(e)` is `M_e`, `inner` by `width`; zero behind the last.
 fn by_segment<'a, T: Scalar>(
     x: &[T],
-    [rows, inner, width]: [usize; 3],
+    [inner, width]: [usize; 2],
     segments: &[Range<usize>],
     weight: impl Fn(usize) -> Matrix<'a, T> + Sync,
 ) -> Vec<T> {
-    let behind = rows - segments.iter().map(Range::len).sum::<usize>();
-    let sizes = segments.iter().map(Range::len).chain([behind]);
-    let sizes: Vec<usize> = sizes.map(|rows| rows * width).collect();
-    by_sizes(&sizes, |expert, out| {
-        if let Some(segment) = segments.get(expert) {
-            let x = Matrix::of(&x[segment.start * inner..], segment.len(), inner);
+    let rows: Vec<usize> = segments.iter().map(Range::len).collect();
+    let [out] = by_rows(&rows, [width], |expert, [out]| {
+        if expert + 1 < segments.len() {
+            let x = Matrix::of(&x[segments[expert].start * inner..], rows[expert], inner);
             multiply(x, weight(expert), out, Into::Replace);
         }
-    })
+    });
+    out
 }
 
-fn segments(counts: &FlexInt) -> Vec<Range<usize>> {
-    let mut start = 0;
-    indices(counts)
-        .into_iter()
-        .map(|count| {
-            let segment = start..start + count;
-            start = segment.end;
-            segment
-        })
-        .collect()
+/// Where the segments of the experts are, and the rows behind them up to `rows`.
+pub(crate) fn segments(counts: &FlexInt, rows: usize) -> Vec<Range<usize>> {
+    let mut starts = vec![0];
+    for count in indices(counts) {
+        starts.push(starts[starts.len() - 1] + count);
+    }
+    starts.push(rows);
+    starts.windows(2).map(|pair| pair[0]..pair[1]).collect()
 }

@@ -3,7 +3,7 @@
 mod backward;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
-mod flex;
+pub(crate) mod flex;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod kernel;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]

@@ -4,59 +4,35 @@
 //! weights are w_j = f s_j / Z, and so ds_j = (f / Z) (dw_j - sum_i dw_i s_i / Z); without normalisation ds_j = f dw_j.
 //! From there dlogit = ds s (1 - s), at the places of the chosen and zero elsewhere.
 
-use burn::{
-    backend::{
-        Autodiff, TensorMetadata,
-        autodiff::{
-            checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
-            grads::Gradients,
-            ops::{Backward, Ops, OpsKind},
-        },
-        tensor::{FloatTensor, IntTensor},
+use burn::backend::{
+    Autodiff,
+    autodiff::{
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
     },
-    tensor::{FloatDType, IndexingUpdateOp},
+    tensor::{FloatTensor, IntTensor},
 };
 
-use super::{GroupLimit, RouteOps, Weighting};
+use super::{GroupLimit, RouteGrad, RouteOps, Weighting};
 
 #[derive(Debug)]
 struct Weigh;
 
-impl<B: RouteOps> Backward<B, 1> for Weigh {
+impl<B: RouteOps + RouteGrad> Backward<B, 1> for Weigh {
     type State = (FloatTensor<B>, IntTensor<B>, Weighting);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         let (logits, chosen, weighting) = ops.state;
         let [node] = ops.parents;
-        let Some(node) = node else {
-            return;
-        };
-        let (shape, dtype, device) = (logits.shape(), logits.dtype(), logits.device());
-        let single = |tensor| B::float_cast(tensor, FloatDType::F32);
-        let affinity = B::sigmoid(single(B::float_gather(1, logits, chosen.clone()))); // [T, K]
-        let grad = B::float_mul_scalar(single(grad), weighting.scale.into());
-        let grad = if weighting.normalised {
-            let sum = B::float_add_scalar(
-                B::float_sum_dim(affinity.clone(), 1),
-                super::SMALLEST_SUM.into(),
-            ); // [T, 1]
-            let mean = B::float_div(
-                B::float_sum_dim(B::float_mul(grad.clone(), affinity.clone()), 1),
-                sum.clone(),
-            );
-            B::float_div(B::float_sub(grad, mean), sum)
-        } else {
-            grad
-        };
-        let slope = B::sigmoid_backward(affinity, grad); // [T, K]
-        let zeros = B::float_zeros(shape, &device, FloatDType::F32);
-        let grad = B::float_scatter(1, zeros, chosen, slope, IndexingUpdateOp::Add);
-        grads.register::<B>(node.id, B::float_cast(grad, dtype.into()));
+        if let Some(node) = node {
+            grads.register::<B>(node.id, B::weigh_grad(grad, logits, chosen, weighting));
+        }
     }
 }
 
-impl<B: RouteOps, C: CheckpointStrategy> RouteOps for Autodiff<B, C> {
+impl<B: RouteOps + RouteGrad, C: CheckpointStrategy> RouteOps for Autodiff<B, C> {
     fn choose_and_weigh(
         logits: FloatTensor<Self>,
         bias: FloatTensor<Self>,

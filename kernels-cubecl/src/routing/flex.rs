@@ -5,22 +5,132 @@ use burn::backend::{
     autodiff::checkpoint::strategy::CheckpointStrategy,
     tensor::{FloatTensor, IntTensor},
 };
+use rayon::prelude::*;
 
-use super::{GroupLimit, RoutingOps};
-use crate::flex::{Scalar, contiguous, dims, elements, int_tensor, with_scalar};
+use super::{GroupLimit, RouteGrad, RouteOps, RoutingOps, SMALLEST_SUM, Weighting};
+use crate::{
+    flex::{Scalar, contiguous, dims, elements, float_tensor, indices, int_tensor, with_scalar},
+    parts::by_parts,
+};
+
+/// Tokens per task: enough work to be worth handing to another thread.
+const CHUNK: usize = 128;
 
 impl RoutingOps for Flex {
     fn choose(choice: FloatTensor<Self>, limit: GroupLimit) -> IntTensor<Self> {
         let [tokens, experts] = dims(&choice);
+        let k = limit.experts_per_token;
         let choice = contiguous(choice);
-        let mut chosen = Vec::with_capacity(tokens * limit.experts_per_token);
+        let mut chosen = vec![0i32; tokens * k];
         with_scalar!(choice, T => {
-            let mut best = Best::<T>::default();
-            for row in elements::<T>(&choice).chunks_exact(experts) {
-                choose_row(row, limit, &mut best, &mut chosen);
+            let rows = elements::<T>(&choice).par_chunks(CHUNK * experts);
+            chosen.par_chunks_mut(CHUNK * k).zip(rows).for_each(|(chosen, rows)| {
+                let mut best = Best::<T>::default();
+                for (row, chosen) in rows.chunks_exact(experts).zip(chosen.chunks_exact_mut(k)) {
+                    choose_row(row, limit, &mut best, chosen);
+                }
+            });
+        });
+        int_tensor(chosen, [tokens, k])
+    }
+}
+
+impl RouteOps for Flex {
+    fn choose_and_weigh(
+        logits: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        limit: GroupLimit,
+        weighting: Weighting,
+    ) -> (IntTensor<Self>, FloatTensor<Self>) {
+        let [tokens, experts] = dims(&logits);
+        let k = limit.experts_per_token;
+        let (logits, bias) = (contiguous(logits), contiguous(bias));
+        let bias = elements::<f32>(&bias);
+        let mut chosen = vec![0i32; tokens * k];
+        let mut weights = vec![0f32; tokens * k];
+        let results = chosen
+            .par_chunks_mut(CHUNK * k)
+            .zip(weights.par_chunks_mut(CHUNK * k));
+        let rows = elements::<f32>(&logits).par_chunks(CHUNK * experts);
+        results.zip(rows).for_each(|((chosen, weights), rows)| {
+            let mut best = Best::default();
+            let (mut affinity, mut choice) = (vec![0f32; experts], vec![0f32; experts]);
+            let results = chosen.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k));
+            for (row, (chosen, weights)) in rows.chunks_exact(experts).zip(results) {
+                for (expert, &logit) in row.iter().enumerate() {
+                    affinity[expert] = sigmoid(logit);
+                    choice[expert] = affinity[expert] + bias[expert];
+                }
+                choose_row(&choice, limit, &mut best, chosen);
+                let of_chosen = || chosen.iter().map(|&expert| affinity[expert as usize]);
+                let sum = sum_of(of_chosen(), weighting);
+                for (weight, affinity) in weights.iter_mut().zip(of_chosen()) {
+                    *weight = affinity / sum * weighting.scale as f32;
+                }
             }
         });
-        int_tensor(chosen, [tokens, limit.experts_per_token])
+        (
+            int_tensor(chosen, [tokens, k]),
+            float_tensor(weights, [tokens, k]),
+        )
+    }
+}
+
+impl RouteGrad for Flex {
+    /// With w = c s / sum(s): ds = (c dw - sum(c dw s) / sum(s)) / sum(s), and dz = ds s (1 - s).
+    fn weigh_grad(
+        grad: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        weighting: Weighting,
+    ) -> FloatTensor<Self> {
+        let ([tokens, experts], [_, k]) = (dims(&logits), dims(&grad));
+        let (grad, logits, chosen) = (contiguous(grad), contiguous(logits), indices(&chosen));
+        let (grad, logits) = (elements::<f32>(&grad), elements::<f32>(&logits));
+        let (out, _) = by_parts(
+            tokens * experts,
+            CHUNK * experts,
+            |part, out: &mut [f32]| {
+                let mut affinity = vec![0f32; k];
+                for (row, out) in out.chunks_exact_mut(experts).enumerate() {
+                    let token = part * CHUNK + row;
+                    let chosen = &chosen[token * k..][..k];
+                    let grad = &grad[token * k..][..k];
+                    let scaled = |grad: f32| grad * weighting.scale as f32;
+                    for (affinity, &expert) in affinity.iter_mut().zip(chosen) {
+                        *affinity = sigmoid(logits[token * experts + expert]);
+                    }
+                    let sum = sum_of(affinity.iter().copied(), weighting);
+                    let terms = grad.iter().zip(&affinity);
+                    let mean = match weighting.normalised {
+                        true => terms.map(|(&grad, s)| scaled(grad) * s).sum::<f32>() / sum,
+                        false => 0.0,
+                    };
+                    for ((&expert, &grad), s) in chosen.iter().zip(grad).zip(&affinity) {
+                        out[expert] = (scaled(grad) - mean) / sum * s * (1.0 - s);
+                    }
+                }
+            },
+        );
+        float_tensor(out, [tokens, experts])
+    }
+}
+
+/// As exact as Burn's, unlike the vector version: whoever compares choices compares these.
+fn sigmoid(x: f32) -> f32 {
+    if x >= 0.0 {
+        1.0 / (1.0 + (-x).exp())
+    } else {
+        let e = x.exp();
+        e / (1.0 + e)
+    }
+}
+
+/// What affinities are divided by.
+fn sum_of(affinities: impl Iterator<Item = f32>, weighting: Weighting) -> f32 {
+    match weighting.normalised {
+        true => affinities.sum::<f32>() + SMALLEST_SUM as f32,
+        false => 1.0,
     }
 }
 
@@ -30,7 +140,7 @@ impl<B: Backend + RoutingOps, C: CheckpointStrategy> RoutingOps for Autodiff<B, 
     }
 }
 
-fn choose_row<T: Scalar>(row: &[T], limit: GroupLimit, best: &mut Best<T>, chosen: &mut Vec<i32>) {
+fn choose_row<T: Scalar>(row: &[T], limit: GroupLimit, best: &mut Best<T>, chosen: &mut [i32]) {
     let per_group = row.len() / limit.groups;
     best.reset(limit.groups_per_token);
     for (group, values) in row.chunks_exact(per_group).enumerate() {
@@ -50,7 +160,9 @@ fn choose_row<T: Scalar>(row: &[T], limit: GroupLimit, best: &mut Best<T>, chose
             best.offer(value, expert);
         }
     }
-    chosen.extend(best.items.iter().map(|&(_, expert)| expert as i32));
+    for (chosen, &(_, expert)) in chosen.iter_mut().zip(&best.items) {
+        *chosen = expert as i32;
+    }
 }
 
 fn top_two_sum<T: Scalar>(values: &[T]) -> T {

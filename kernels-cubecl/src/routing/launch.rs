@@ -2,15 +2,15 @@
 
 use burn::{
     backend::{
-        Cube,
-        ops::FloatTensorOps,
+        Cube, TensorMetadata,
+        ops::{ActivationOps, FloatTensorOps},
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{DType, FloatDType},
+    tensor::{DType, FloatDType, IndexingUpdateOp},
 };
 use cubecl::prelude::*;
 
-use super::{GroupLimit, RouteOps, RoutingOps, Weighting, kernel};
+use super::{GroupLimit, RouteGrad, RouteOps, RoutingOps, Weighting, kernel};
 use crate::{
     cube::{contiguous, elem, empty, grid},
     flex::dims,
@@ -69,6 +69,37 @@ impl RouteOps for Cube {
             );
         }
         (chosen, weights)
+    }
+}
+
+impl RouteGrad for Cube {
+    fn weigh_grad(
+        grad: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        weighting: Weighting,
+    ) -> FloatTensor<Self> {
+        let (shape, dtype, device) = (logits.shape(), logits.dtype(), logits.device());
+        let single = |tensor| Self::float_cast(tensor, FloatDType::F32);
+        let affinity = Self::sigmoid(single(Self::float_gather(1, logits, chosen.clone()))); // [T, K]
+        let grad = Self::float_mul_scalar(single(grad), weighting.scale.into());
+        let grad = if weighting.normalised {
+            let sum = Self::float_add_scalar(
+                Self::float_sum_dim(affinity.clone(), 1),
+                super::SMALLEST_SUM.into(),
+            ); // [T, 1]
+            let mean = Self::float_div(
+                Self::float_sum_dim(Self::float_mul(grad.clone(), affinity.clone()), 1),
+                sum.clone(),
+            );
+            Self::float_div(Self::float_sub(grad, mean), sum)
+        } else {
+            grad
+        };
+        let slope = Self::sigmoid_backward(affinity, grad); // [T, K]
+        let zeros = Self::float_zeros(shape, &device, FloatDType::F32);
+        let grad = Self::float_scatter(1, zeros, chosen, slope, IndexingUpdateOp::Add);
+        Self::float_cast(grad, dtype.into())
     }
 }
 

@@ -1,6 +1,5 @@
 //! Which experts a token goes to: group-limited top-k (report section 2.1.2, node-limited routing).
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod backward;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
@@ -69,7 +68,7 @@ pub struct Routed {
 ///
 /// Computed in single precision for half types. Differentiable with respect to `logits` through the weights; the
 /// choice is a constant of the backward pass, and no gradient reaches `bias`. One kernel on CubeCL devices for f32,
-/// f16 and bf16; elsewhere Burn's operations around [`select_experts`].
+/// f16 and bf16, one pass on Flex for f32; elsewhere Burn's operations around [`select_experts`].
 ///
 /// # Shapes
 /// - `logits`: `[T, E]`, `bias`: `[E]`
@@ -90,8 +89,9 @@ pub fn route(
         bias.dims()
     );
     let bias = bias.detach();
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
-    if experts <= MOST_EXPERTS && crate::cube::is_native(&logits.device(), logits.dtype()) {
+    let (device, dtype) = (logits.device(), logits.dtype());
+    let on_cube = experts <= MOST_EXPERTS && crate::cube::is_native(&device, dtype);
+    if on_cube || crate::flex::is_native_f32(&device, dtype) {
         let (logits, bias) = (logits.into_dispatch(), bias.into_dispatch());
         let (chosen, weights) = Dispatch::choose_and_weigh(logits, bias, limit, weighting);
         return Routed {
@@ -147,8 +147,7 @@ pub(crate) trait RoutingOps: burn::backend::Backend {
     fn choose(choice: FloatTensor<Self>, limit: GroupLimit) -> IntTensor<Self>;
 }
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
-#[backend_extension(Cube, Autodiff)]
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
 pub(crate) trait RouteOps: burn::backend::Backend {
     fn choose_and_weigh(
         logits: FloatTensor<Self>,
@@ -156,4 +155,15 @@ pub(crate) trait RouteOps: burn::backend::Backend {
         limit: GroupLimit,
         weighting: Weighting,
     ) -> (IntTensor<Self>, FloatTensor<Self>);
+}
+
+/// The gradient of [`RouteOps`], on backends without autodiff.
+pub(crate) trait RouteGrad: burn::backend::Backend {
+    /// The gradient with respect to the logits, given that of the weights.
+    fn weigh_grad(
+        grad: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        weighting: Weighting,
+    ) -> FloatTensor<Self>;
 }

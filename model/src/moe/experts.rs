@@ -10,6 +10,7 @@ use deepburn_kernels::{
     compact::{CompactFormat, CompactMatrices, NotCompact},
     fp8,
     grouped_gemm::grouped_matmul,
+    grouped_swiglu::grouped_swiglu,
     permute::Permutation,
     swiglu::swiglu,
 };
@@ -120,6 +121,10 @@ impl Experts {
                 up.grouped_linear(x, order),
             );
             return down.grouped_linear(hidden, order);
+        }
+        if self.arithmetic.is_full() {
+            let weights = [&self.gate_proj, &self.up_proj, &self.down_proj];
+            return grouped_swiglu(x, weights.map(Param::val), order.rows.clone());
         }
         let inputs = self.arithmetic.of_kept_inputs();
         let multiply = |arithmetic: Arithmetic, x, weights: &Param<Tensor<3>>| {
