@@ -2,7 +2,7 @@
 """Whether training in BF16 and FP8 follows training in single precision: the report's section 3.3 on a small model.
 
     python3 benches/precision.py --out benches/results/NAME [--steps N] [--batch N] [--learning-rate X] [--set KEY=VALUE ..]
-                                 [--control SETTING] [--ablations [NAME ..]] [--program FILE]
+                                 [--control SETTING] [--ablations [NAME ..]] [--ablation-steps N] [--program FILE]
 
 Trains configs/train/precision.toml in each precision with the same seed and data, and writes precision.md, precision.svg
 and the losses of each run. A loss is smoothed (0.9 of the last, 0.1 of the new), and its relative difference from that of
@@ -17,8 +17,10 @@ A run that is complete is not repeated, one that was cut short goes on. --runs n
 import argparse
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 from peer import ROOT, commit
 
@@ -40,11 +42,13 @@ def arguments():
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--control", metavar="SETTING", help="a setting that should change nothing, for a run in fp32 beside the others")
     parser.add_argument("--ablations", nargs="*", choices=ABLATIONS, metavar="NAME", default=[], help=f"of {', '.join(ABLATIONS)}; all without a name")
+    parser.add_argument("--ablation-steps", type=int, metavar="N", help="after how many steps ablations are stopped")
     args = parser.parse_args()
     if "--ablations" in sys.argv and not args.ablations:
         args.ablations = ABLATIONS
-    if args.steps <= FROM:
-        parser.error(f"--steps {args.steps}: differences count from step {FROM} on")
+    args.ablation_steps = min(args.ablation_steps or args.steps, args.steps)
+    if args.ablation_steps <= FROM:
+        parser.error(f"{args.ablation_steps} steps: differences count from step {FROM} on")
     return args
 
 
@@ -85,15 +89,20 @@ def losses(folder):
     return {record["step"]: record["main"] for record in records if record["kind"] == "train"}
 
 
+def steps_of(args, name):
+    return args.ablation_steps if name in args.ablations else args.steps
+
+
 def train(args, name, settings):
-    """Trains up to the last step, from wherever an earlier start ended."""
+    """Trains from wherever an earlier start ended, up to the last step or until as many are done as are wanted."""
     folder = args.runs / name
     note = folder / "settings.json"
     if note.exists():
         found = json.loads(note.read_text())
         if found != settings:
             sys.exit(f"{folder}: was trained with {found}, not with {settings}; choose another --runs")
-    if len(losses(folder)) == args.steps:
+    wanted = steps_of(args, name)
+    if len(losses(folder)) >= wanted:
         print(f"{name}: is complete")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +113,13 @@ def train(args, name, settings):
         command += ["--set", setting]
     if any((folder / "checkpoints").glob("step-*")):
         command.append("--resume")
-    subprocess.run(command, cwd=ROOT, check=True)
+    run = subprocess.Popen(command, cwd=ROOT)
+    while wanted < args.steps and run.poll() is None and len(losses(folder)) < wanted:
+        time.sleep(5)
+    if run.poll() is None and wanted < args.steps:
+        run.send_signal(signal.SIGINT)
+    if run.wait() != 0 and len(losses(folder)) < wanted:
+        sys.exit(f"{name}: ended with {run.returncode}")
 
 
 def smoothed(values):
@@ -132,7 +147,8 @@ def table(args, curves):
     ]
     for one, other in pairs:
         largest, magnitude, mean = difference(curves[one], curves[other])
-        last = f"{curves[one][-1]:.4f}, {curves[other][-1]:.4f}"
+        step = min(len(curves[one]), len(curves[other]))
+        last = f"{curves[one][step - 1]:.4f}, {curves[other][step - 1]:.4f}"
         lines.append(f"| {one} against {other} | {largest:.3%} | {magnitude:.3%} | {mean:+.3%} | {last} |")
     return lines
 
@@ -152,7 +168,8 @@ def report(args, curves):
     if args.control:
         lines += ["", f"The control is fp32 with `{args.control}`: what it differs by is what a change in the last bits grows to."]
     if args.ablations:
-        lines += ["", f"{', '.join(args.ablations)}: FP8 without that part of the recipe (`ablation.fp8`)."]
+        stopped = f", stopped after {args.ablation_steps} steps" if args.ablation_steps < args.steps else ""
+        lines += ["", f"{', '.join(args.ablations)}: FP8 without that part of the recipe (`ablation.fp8`){stopped}."]
     return lines
 
 
@@ -200,12 +217,12 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     curves = {}
     for name in runs:
-        found = losses(args.runs / name)
-        if sorted(found) != list(range(1, args.steps + 1)):
-            sys.exit(f"{args.runs / name}: has {len(found)} of {args.steps} steps")
-        values = [found[step] for step in range(1, args.steps + 1)]
+        found, steps = losses(args.runs / name), list(range(1, steps_of(args, name) + 1))
+        if not set(steps) <= set(found):
+            sys.exit(f"{args.runs / name}: has {len(found)} of {len(steps)} steps")
+        values = [found[step] for step in steps]
         curves[name] = smoothed(values)
-        (args.out / f"precision-{name}.json").write_text(json.dumps({"step": sorted(found), "main": values}) + "\n")
+        (args.out / f"precision-{name}.json").write_text(json.dumps({"step": steps, "main": values}) + "\n")
     lines = report(args, curves)
     (args.out / "precision.md").write_text("\n".join(lines) + "\n")
     (args.out / "precision.svg").write_text("\n".join(plot(curves, args.steps)) + "\n")
