@@ -1,14 +1,18 @@
-//! Times of the FP8 kernels on a CUDA device. [`kernels.sh`](kernels.sh) builds and runs it.
+//! Times of the FP8 kernels and of attention over the latent cache on a CUDA device. [`kernels.sh`](kernels.sh) builds
+//! and runs it.
 //!
-//! Shapes are those of DeepSeek-V3 at 4096 tokens, in bf16. Environment:
+//! Shapes are those of DeepSeek-V3 at 4096 tokens, in bf16, and of its decoding, a token per sequence. Environment:
 //! - `DEEPBURN_COMMIT`: what the table says of the version;
 //! - `DEEPBURN_TFLOPS`: the device's limit for dense FP8 products, in TFLOP/s (an H100 SXM: 1979);
 //! - `DEEPBURN_PEER`: a file with lines of M, N, K and microseconds of torch's `_scaled_mm`.
 
 use std::{collections::HashMap, env, fs, time::Instant};
 
-use burn::tensor::{DType, Device, DeviceType, Distribution, Tensor};
-use deepburn_kernels::fp8::{Quantized, ScaleFormat, Tile, native};
+use burn::tensor::{DType, Device, DeviceType, Distribution, Int, Tensor};
+use deepburn_kernels::{
+    fp8::{Quantized, ScaleFormat, Tile, native},
+    mla_decode::mla_decode,
+};
 
 /// M, N, K: the projections of attention and of an expert, forward and (in rows' tiles) for the weight's gradient.
 const PRODUCTS: [([usize; 3], Tile); 9] = [
@@ -24,6 +28,17 @@ const PRODUCTS: [([usize; 3], Tile); 9] = [
 ];
 /// Rows and columns to quantise.
 const MATRICES: [[usize; 2]; 2] = [[4096, 7168], [4096, 2048]];
+/// Sequences and positions of each, all of them cached.
+const CACHES: [[usize; 2]; 6] = [
+    [1, 4096],
+    [1, 32_768],
+    [8, 4096],
+    [32, 4096],
+    [64, 4096],
+    [128, 4096],
+];
+/// Heads, latents and rotated channels of decoding.
+const DECODING: [usize; 3] = [128, 512, 64];
 /// Launches per time, and times of which the median counts.
 const LAUNCHES: u32 = 20;
 const TIMES: usize = 7;
@@ -93,6 +108,38 @@ fn main() {
         });
         row("swiglu", 2, swiglu);
     }
+
+    println!(
+        "\n| attention of a token, bf16 | us | TFLOP/s | GB/s of the cache |\n|---|---|---|---|"
+    );
+    for [batch, positions] in CACHES {
+        let [heads, latent, rope] = DECODING;
+        let query = |width| random4([batch, 1, heads, width], &device) / 16.0;
+        let cached = |width| random4([batch, positions, 1, width], &device).squeeze_dim::<3>(2);
+        let (q_latent, q_pe) = (query(latent), query(rope));
+        let (c_kv, k_pe) = (cached(latent), cached(rope));
+        let lengths = Tensor::<1, Int>::full([batch], positions as i32, &device);
+        let time = time(&device, || {
+            mla_decode(
+                q_latent.clone(),
+                q_pe.clone(),
+                c_kv.clone(),
+                k_pe.clone(),
+                lengths.clone(),
+            );
+        });
+        let products = (batch * positions * heads * (2 * latent + rope)) as f64;
+        let bytes = (batch * positions * (latent + rope) * 2) as f64;
+        println!(
+            "| {batch} x {positions} positions | {time:.1} | {:.0} | {:.0} |",
+            2.0 * products / time / 1e6,
+            bytes / time / 1e3
+        );
+    }
+}
+
+fn random4(shape: [usize; 4], device: &Device) -> Tensor<4> {
+    Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), device).cast(DType::BF16)
 }
 
 fn random(shape: [usize; 2], device: &Device) -> Tensor<2> {

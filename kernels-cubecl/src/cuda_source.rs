@@ -39,7 +39,7 @@ pub struct CudaSource {
 /// For kernels that run on every architecture that CubeCL supports.
 pub(crate) const EVERY: &[&str] = &["sm_80", "sm_89", "sm_90a"];
 
-/// Every CUDA kernel of this crate, in the specialisations that are launched most.
+/// Every CUDA kernel of this crate, in the specialisations that are launched most, and some that tests run.
 ///
 /// # Errors
 /// If CubeCL refuses a kernel.
@@ -49,7 +49,7 @@ pub fn cuda_sources() -> Result<Vec<CudaSource>, CompilationError> {
     crate::permute::cuda::sources(&mut kernels)?;
     crate::grouped_gemm::cuda::sources(&mut kernels)?;
     crate::fp8::kernel::sources(&mut kernels)?;
-    crate::mla_decode::kernel::sources(&mut kernels)?;
+    crate::mla_decode::sources(&mut kernels)?;
     Ok(kernels.sources)
 }
 

@@ -1,4 +1,4 @@
-//! The FP8 kernels on a CUDA device, against the functions on slices and exact sums.
+//! The FP8 kernels on a CUDA device, against the functions on slices and exact sums, and attention on tensor cores.
 
 use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData, Tolerance, bf16};
 use deepburn_kernels::{
@@ -6,6 +6,7 @@ use deepburn_kernels::{
         self, Quantized, ScaleFormat, TILE, Tile, native,
         tiles::{self, dequantize},
     },
+    mla_decode::mla_decode,
     permute::{Permutation, combine, permute},
 };
 
@@ -342,6 +343,107 @@ fn products_are_as_precise_as_the_tensor_cores() {
             "{at}: {found}, expected {expected}"
         );
     }
+}
+
+/// One token of each sequence and several, at the report's widths, over lengths of nothing to several chunks. Scores
+/// differ by a few units; those of the second scale by hundreds, so that one position has all the weight.
+#[test]
+fn attention_in_bf16_is_that_of_the_cpu_but_for_the_rounding_of_weights() {
+    let Some(device) = cuda() else { return };
+    let (heads, latent, rope, positions) = (128, 512, 64, 1500);
+    for (queries, lengths, scale) in [
+        (1, vec![1500i32, 0, 1, 64, 65, 127, 1000], 1.0 / 64.0),
+        (3, vec![1500, 2, 3, 700], 1.0 / 64.0),
+        (2, vec![1499, 33], 16.0),
+    ] {
+        let batch = lengths.len();
+        // Multiples of 1/64, which bf16 has.
+        let values = |count, seed, scale: f32| -> Vec<f32> {
+            noise(count, seed)
+                .map(|x| (x * 64.0).round() / 64.0 * scale)
+                .collect()
+        };
+        let run = |device: &Device, dtype| {
+            let rows = batch * queries * heads;
+            let query = |width, seed| {
+                let shape = [batch, queries, heads, width];
+                let data = TensorData::new(values(rows * width, seed, scale), shape);
+                Tensor::<4>::from_data(data, (device, dtype))
+            };
+            let cached = |width, seed| {
+                let mut values = values(batch * positions * width, seed, 1.0);
+                for (sequence, &length) in values.chunks_mut(positions * width).zip(&lengths) {
+                    sequence[length as usize * width..].fill(f32::NAN);
+                }
+                let data = TensorData::new(values, [batch, positions, width]);
+                Tensor::<3>::from_data(data, (device, dtype))
+            };
+            let lengths = TensorData::new(lengths.clone(), [batch]);
+            let lengths = Tensor::<1, Int>::from_data(lengths, device);
+            let (q_latent, q_pe) = (query(latent, 40), query(rope, 41));
+            let (c_kv, k_pe) = (cached(latent, 42), cached(rope, 43));
+            let out = mla_decode(q_latent, q_pe, c_kv, k_pe, lengths);
+            out.into_data().convert::<f32>()
+        };
+        let found = run(&device, DType::BF16);
+        let again = run(&device, DType::BF16);
+        found.assert_eq(&again, true);
+        let expected = run(&Device::flex(), DType::F32);
+        // Latents are below one. Each weight is rounded by 2^-9 of itself at most, in the numerator and in the
+        // denominator, and so is the result; single precision does the rest.
+        let close = Tolerance::<f32>::absolute(3.0 / 512.0 + 1e-3);
+        found.assert_approx_eq(&expected, close);
+    }
+}
+
+/// Scores of zero and of a thousand: outputs are means of integers, which the kernel adds up without rounding.
+#[test]
+fn attention_in_bf16_has_exact_means() {
+    let Some(device) = cuda() else { return };
+    let (heads, latent, rope, positions) = (128, 512, 64, 777);
+    let bits: Vec<f32> = (0..positions * rope)
+        .map(|at| f32::from(at / rope * 7 % 61 > at % rope))
+        .collect();
+    let integers: Vec<f32> = noise(positions * latent, 44)
+        .map(|x| (x * 3.0).round())
+        .collect();
+    let mut q_pe = vec![0.0; heads * rope];
+    for head in 0..heads {
+        q_pe[head * rope + head % rope] = 1024.0;
+    }
+    let mut expected = Vec::new();
+    for head in 0..heads {
+        let mut chosen: Vec<usize> = (0..positions)
+            .filter(|key| bits[key * rope + head % rope] > 0.0)
+            .collect();
+        if chosen.is_empty() {
+            chosen = (0..positions).collect();
+        }
+        expected.extend((0..latent).map(|channel| {
+            let sum: f32 = chosen
+                .iter()
+                .map(|key| integers[key * latent + channel])
+                .sum();
+            bf16::from_f32(sum / chosen.len() as f32).to_f32()
+        }));
+    }
+    let cached = |values, width| {
+        let data = TensorData::new(values, [1, positions, width]);
+        Tensor::<3>::from_data(data, (&device, DType::BF16))
+    };
+    let q_pe = TensorData::new(q_pe, [1, 1, heads, rope]);
+    let found = mla_decode(
+        Tensor::zeros([1, 1, heads, latent], (&device, DType::BF16)),
+        Tensor::from_data(q_pe, (&device, DType::BF16)),
+        cached(integers, latent),
+        cached(bits, rope),
+        Tensor::full([1], positions as i32, &device),
+    );
+    let expected = TensorData::new(expected, [1, 1, heads, latent]);
+    found
+        .into_data()
+        .convert::<f32>()
+        .assert_eq(&expected, true);
 }
 
 #[test]

@@ -54,7 +54,8 @@ fn every_kernel_compiles_and_keeps_nothing_in_local_memory() {
             spilling.push(format!("{}:\n{report}", compiled.name()));
         }
         assert!(
-            registers * source.units <= 65_536,
+            registers * source.units <= 65_536
+                && source.shared_memory <= shared_memory(compiled.architecture),
             "{} does not fit in a multiprocessor",
             compiled.name()
         );
@@ -64,6 +65,17 @@ fn every_kernel_compiles_and_keeps_nothing_in_local_memory() {
         "local memory is used by\n{}",
         spilling.join("\n")
     );
+}
+
+/// The most bytes of shared memory that a cube may have, by the CUDA C++ programming guide.
+fn shared_memory(architecture: &str) -> usize {
+    let kibibytes = match architecture {
+        "sm_80" => 163,
+        "sm_89" | "sm_120a" => 99,
+        "sm_90a" => 227,
+        _ => panic!("the shared memory of {architecture} is not written here"),
+    };
+    kibibytes * 1024
 }
 
 #[test]
@@ -103,6 +115,38 @@ fn other_architectures_multiply_with_warps() {
         compiled.has("ldmatrix.sync.aligned.m8n8.x4.shared.b16", 8 + 16);
         // Before the loop and in it, two matrices, four copies of a unit.
         compiled.has("cp.async.cg.shared.global", 16);
+    }
+}
+
+#[test]
+fn attention_multiplies_on_tensor_cores_from_one_copy_of_the_cache() {
+    let name =
+        |name: &str| name.starts_with("mla tensor cores") && name.ends_with("128 x 512 + 64");
+    for compiled in compile(name) {
+        // Rows and positions of a cube, and warps: each has sixteen rows and its part of the positions for scores, all
+        // rows and its part of 512 channels for sums.
+        let shape = between(&compiled.source.name, "cores ", ",");
+        let [rows, keys, _] = sizes(shape);
+        let warps = compiled.source.units as usize / 32;
+        let own_keys = keys / (warps / (rows / 16));
+        let (own_channels, together) = (512 / warps, 4);
+        // Four steps of sixteen channels are in one place of the program, or in some where the compiler unrolls their
+        // loop; all steps of sixteen positions are in one.
+        let scores = together * own_keys / 8;
+        let sums = keys / 16 * (rows / 16) * (own_channels / 8);
+        let multiply = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32";
+        let places = (compiled.count(multiply) - sums) / scores;
+        assert!((1..=9).contains(&places), "{}", compiled.name());
+        compiled.has(multiply, places * scores + sums);
+        let operands = places * together * (1 + own_keys / 16) + keys / 16 * (rows / 16);
+        compiled.has("ldmatrix.sync.aligned.m8n8.x4.shared.b16", operands);
+        let latents = keys / 16 * (own_channels / 16);
+        compiled.has("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", latents);
+        // The queries and the first tile before the loop, the next tile in it, 16 bytes per unit.
+        let copies = |rows: usize| rows * 576 / 8 / compiled.source.units as usize;
+        let copied = copies(rows) + 2 * copies(keys);
+        compiled.has("cp.async.cg.shared.global", copied);
+        compiled.has("cp.async.wait_all", 1);
     }
 }
 
@@ -166,6 +210,21 @@ fn compile(wanted: impl Fn(&str) -> bool) -> Vec<Compiled<'static>> {
         "no kernel has the name that was asked for"
     );
     compiled
+}
+
+#[track_caller]
+fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
+    let rest = text.split_once(before).expect("what comes before").1;
+    rest.split_once(after).expect("what comes after").0
+}
+
+/// `64x64x2`
+fn sizes(shape: &str) -> [usize; 3] {
+    let sizes: Vec<usize> = shape
+        .split('x')
+        .map(|size| size.parse().expect("a size"))
+        .collect();
+    sizes.try_into().expect("three sizes")
 }
 
 /// Registers of a unit, from the assembler's report.

@@ -34,6 +34,8 @@ use burn::{
 
 pub use gated::gated_grouped_linear;
 pub use grouped::{grouped_linear, segment_tile};
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) use launch::capability;
 pub use linear::linear;
 pub use tiles::{ScaleFormat, TILE, Tile};
 

@@ -29,7 +29,7 @@ const ACROSS: usize = KEYS / EACH;
 const KEY_PITCH: usize = KEYS + 2;
 const ROW_PITCH: usize = ROWS + 4;
 /// Below every score.
-const LOWEST: f32 = f32::MIN;
+pub(super) const LOWEST: f32 = f32::MIN;
 
 /// What the kernels are specialised for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -281,7 +281,7 @@ pub(super) fn merge<F: Float, I: Int>(
 
 /// How many positions query `query` of `queries` sees.
 #[cube]
-fn visible(length: i32, query: usize, queries: usize, positions: usize) -> usize {
+pub(super) fn visible(length: i32, query: usize, queries: usize, positions: usize) -> usize {
     let seen = length + (query + 1) as i32 - queries as i32;
     min(max(seen, 0i32) as usize, positions)
 }
@@ -342,66 +342,4 @@ fn add_scores<F: Float>(
         }
         sync_cube();
     }
-}
-
-/// The programs of these kernels for the report's model.
-#[cfg(feature = "cuda")]
-pub(crate) fn sources(
-    kernels: &mut crate::cuda_source::Kernels,
-) -> Result<(), cubecl::CompilationError> {
-    use burn::tensor::bf16;
-
-    use crate::cuda_source::{EVERY, Launch, buffer};
-
-    let widths = Widths {
-        heads: 128,
-        latent: 512,
-        rope: 64,
-    };
-    let launch = Launch {
-        architectures: EVERY,
-        cube: CubeDim::new_1d(UNITS as u32),
-        mode: ExecutionMode::Unchecked,
-    };
-    let float = bf16::elem_type_native();
-    let int = i32::elem_type_native();
-    kernels.add("mla attend bf16", launch, |settings, device, target| {
-        attend::Attend::new(
-            settings,
-            device,
-            target,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
-            (),
-            (),
-            (),
-            widths,
-            float,
-            int,
-        )
-    })?;
-    kernels.add("mla merge bf16", launch, |settings, device, target| {
-        merge::Merge::new(
-            settings,
-            device,
-            target,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
-            (),
-            (),
-            (),
-            widths,
-            float,
-            int,
-        )
-    })
 }

@@ -11,14 +11,26 @@ use burn::{
 };
 use cubecl::prelude::*;
 
-use super::kernel::{self, KEYS, ROWS, UNITS, Widths};
+use super::{
+    kernel::{self, KEYS, ROWS, UNITS, Widths},
+    shape::Shape,
+    tensor_cores,
+};
 use crate::{
     cube::{CubeTensor, address, contiguous, elem, empty, grid},
     flex::dims,
+    fp8::capability,
 };
 
 /// Cubes that keep a large GPU busy: some four on each multiprocessor.
 const CUBES: usize = 512;
+/// What a cube of tensor cores does beside its tiles, in times of a tile: it copies its queries and writes its sums,
+/// which the merge reads.
+const BESIDE: usize = 3;
+/// Units of a cube that has all registers that a unit may have: a multiprocessor has as many for all of its cubes.
+const UNITS_AT_ONCE: usize = 256;
+/// What copies to shared memory start at multiples of.
+const ALIGNMENT: u64 = 16;
 
 /// The operands, of sizes that fit each other and are not zero.
 pub(super) struct Inputs {
@@ -53,6 +65,58 @@ where
     contiguous(tensor.expect("all operands are on the device of the first"))
 }
 
+/// Which kernel attends, and the positions of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Of the tensor cores' kernel, or the other one.
+    pub(super) shape: Option<Shape>,
+    pub(super) chunk: usize,
+}
+
+impl Inputs {
+    /// The tensor cores' kernel where the device, the type and the sizes are those that it is for.
+    pub(super) fn plan(&self) -> Plan {
+        let [batch, queries, heads, latent] = dims(&self.q_latent);
+        let [_, positions, rope] = dims(&self.k_pe);
+        let widths = Widths {
+            heads,
+            latent,
+            rope,
+        };
+        let operands = [&self.q_latent, &self.q_pe, &self.c_kv, &self.k_pe];
+        let aligned = |tensor: &CubeTensor| {
+            let start = tensor.handle.offset_start.unwrap_or(0);
+            start.is_multiple_of(ALIGNMENT)
+        };
+        let client = &self.q_latent.client;
+        let hardware = &client.properties().hardware;
+        let memory = hardware.max_shared_memory_size;
+        let tensor_cores = self.q_latent.dtype == DType::BF16
+            && capability(client).is_some_and(|capability| capability >= 80)
+            && operands.into_iter().all(aligned);
+        let rows = queries * heads;
+        match Shape::of(widths, rows, memory).filter(|_| tensor_cores) {
+            Some(shape) => {
+                let processors = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+                let together = (memory / shape.shared_memory(widths))
+                    .min(UNITS_AT_ONCE / shape.units)
+                    .max(1);
+                let cubes = batch * rows.div_ceil(shape.rows);
+                let tiles =
+                    tiles_of_a_chunk(positions.div_ceil(shape.keys), cubes, processors * together);
+                Plan {
+                    shape: Some(shape),
+                    chunk: tiles * shape.keys,
+                }
+            }
+            None => Plan {
+                shape: None,
+                chunk: chunk(positions, batch * rows),
+            },
+        }
+    }
+}
+
 /// The positions of a chunk, for `rows` rows over all sequences: as many chunks as keep the device busy.
 pub(super) fn chunk(positions: usize, rows: usize) -> usize {
     let chunks = CUBES
@@ -61,9 +125,21 @@ pub(super) fn chunk(positions: usize, rows: usize) -> usize {
     positions.div_ceil(chunks).next_multiple_of(KEYS)
 }
 
-/// See [`super::mla_decode`]; in chunks of `chunk` positions, a multiple of [`KEYS`].
-pub(super) fn mla_decode(inputs: Inputs, chunk: usize) -> Tensor<4> {
-    assert!(chunk.is_multiple_of(KEYS), "a chunk of {chunk} positions");
+/// The tiles of a chunk, of `tiles` in all: those that end soonest for `cubes` cubes per chunk, of which the device
+/// runs `together` at a time, one wave after another.
+pub(super) fn tiles_of_a_chunk(tiles: usize, cubes: usize, together: usize) -> usize {
+    // More waves than a few make the last one, which may not be full, no shorter.
+    let most = (4 * together).div_ceil(cubes).min(tiles);
+    (1..=most)
+        .map(|chunks| tiles.div_ceil(chunks))
+        .min_by_key(|&each| (cubes * tiles.div_ceil(each)).div_ceil(together) * (each + BESIDE))
+        .unwrap_or(tiles)
+}
+
+/// See [`super::mla_decode`]; in chunks of whole tiles.
+pub(super) fn mla_decode(inputs: Inputs, Plan { shape, chunk }: Plan) -> Tensor<4> {
+    let keys = shape.map_or(KEYS, |shape| shape.keys);
+    assert!(chunk.is_multiple_of(keys), "a chunk of {chunk} positions");
     let Inputs {
         q_latent,
         q_pe,
@@ -86,29 +162,59 @@ pub(super) fn mla_decode(inputs: Inputs, chunk: usize) -> Tensor<4> {
     let (client, float, int) = (q_latent.client.clone(), elem(&q_latent), elem(&lengths));
     let address = address(&[&q_latent, &q_pe, &c_kv, &k_pe, &sums]);
     let dim = CubeDim::new_1d(UNITS as u32);
-    // SAFETY: the kernel's indices stay in the shapes that it is told, which are those of its buffers, and its loops
-    // are counted.
-    unsafe {
-        kernel::attend::launch_unchecked(
-            &client,
-            grid(&client, batch * chunks * rows.div_ceil(ROWS), dim),
-            dim,
-            address,
-            q_latent.into_buffer_arg(),
-            q_pe.into_buffer_arg(),
-            c_kv.into_buffer_arg(),
-            k_pe.into_buffer_arg(),
-            lengths.clone().into_buffer_arg(),
-            sums.clone().into_buffer_arg(),
-            softmax.clone().into_buffer_arg(),
-            queries,
-            positions,
-            chunks,
-            chunk,
-            widths,
-            float,
-            int,
-        );
+    let cubes = |rows_of_a_cube| batch * chunks * rows.div_ceil(rows_of_a_cube);
+    let [q_latent, q_pe, c_kv, k_pe] =
+        [q_latent, q_pe, c_kv, k_pe].map(CubeTensor::into_buffer_arg);
+    match shape {
+        // SAFETY: the kernel's indices stay in the shapes that it is told, which are those of its buffers, copies of
+        // what is beyond them read nothing, and its loops are counted.
+        Some(shape) => unsafe {
+            let dim = CubeDim::new_1d(shape.units as u32);
+            tensor_cores::attend_bf16::launch_unchecked(
+                &client,
+                grid(&client, cubes(shape.rows), dim),
+                dim,
+                address,
+                q_latent,
+                q_pe,
+                c_kv,
+                k_pe,
+                lengths.clone().into_buffer_arg(),
+                sums.clone().into_buffer_arg(),
+                softmax.clone().into_buffer_arg(),
+                queries,
+                positions,
+                chunks,
+                chunk,
+                widths,
+                shape,
+                int,
+            );
+        },
+        // SAFETY: the kernel's indices stay in the shapes that it is told, which are those of its buffers, and its
+        // loops are counted.
+        None => unsafe {
+            kernel::attend::launch_unchecked(
+                &client,
+                grid(&client, cubes(ROWS), dim),
+                dim,
+                address,
+                q_latent,
+                q_pe,
+                c_kv,
+                k_pe,
+                lengths.clone().into_buffer_arg(),
+                sums.clone().into_buffer_arg(),
+                softmax.clone().into_buffer_arg(),
+                queries,
+                positions,
+                chunks,
+                chunk,
+                widths,
+                float,
+                int,
+            );
+        },
     }
     // SAFETY: as above.
     unsafe {

@@ -2,14 +2,25 @@
 //! share one key and one value per position, the cached latent.
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-pub(crate) mod kernel;
+mod kernel;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod launch;
 mod reference;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod shape;
+#[cfg(feature = "cuda")]
+mod sources;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod tensor_cores;
 #[cfg(test)]
 mod tests;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod warp;
 
 use burn::tensor::{DType, Device, Int, Tensor};
+
+#[cfg(feature = "cuda")]
+pub(crate) use sources::sources;
 
 /// Whether a kernel serves tensors of `dtype` on `device`, and not the reference.
 pub fn is_native(device: &Device, dtype: DType) -> bool {
@@ -24,8 +35,15 @@ pub fn is_native(device: &Device, dtype: DType) -> bool {
 ///
 /// Computed in single precision for half types. Not differentiable: the result is a constant of the backward pass.
 /// Native on CubeCL devices for f32, f16 and bf16: kernels that read the cache once per sixteen heads, split over its
-/// length so that few sequences fill the device, with the sums in an order that depends on shapes alone; `lengths` stay
-/// on the device. They pay for few queries: products of whole prompts are better left to matrix multiplication.
+/// length so that few sequences fill the device, with the sums in an order that depends on shapes and the device;
+/// `lengths` stay on the device. They pay for few queries: products of whole prompts are better left to matrix
+/// multiplication.
+///
+/// On CUDA devices of compute capability 8.0 and later, bf16 with C and R multiples of sixteen and C at most 512 is
+/// multiplied by tensor cores, if shared memory has room for the queries of 32 heads and 32 positions and all operands
+/// start at a multiple of 16 bytes (as all do that are no slice from within a row). That reads the cache once per 64
+/// heads, or once per 32 where there are no more or shared memory is small. Its products are summed in single
+/// precision; the weights of the latents are rounded to bf16.
 ///
 /// # Shapes
 /// - `q_latent`: `[B, T, H, C]`, `q_pe`: `[B, T, H, R]`, both scaled for the softmax
@@ -66,11 +84,9 @@ pub fn mla_decode(
     }
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     if rope > 0 && is_native(&device, dtype) {
-        let chunk = launch::chunk(positions, batch * queries * heads);
-        let out = launch::mla_decode(
-            launch::Inputs::new([q_latent, q_pe], [c_kv, k_pe], lengths),
-            chunk,
-        );
+        let inputs = launch::Inputs::new([q_latent, q_pe], [c_kv, k_pe], lengths);
+        let plan = inputs.plan();
+        let out = launch::mla_decode(inputs, plan);
         return if device.is_autodiff() {
             out.autodiff()
         } else {

@@ -287,6 +287,87 @@ fn no_gradient_passes() {
     check_constant(&Device::flex());
 }
 
+/// What is decided before a launch, for devices that are not here.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod plans {
+    use super::super::{
+        kernel::Widths,
+        launch::tiles_of_a_chunk,
+        shape::{SHAPES, Shape},
+    };
+
+    const REPORT: Widths = Widths {
+        heads: 128,
+        latent: 512,
+        rope: 64,
+    };
+
+    #[test]
+    fn shapes_follow_from_shared_memory_widths_and_rows() {
+        let of = |widths, rows, kibibytes: usize| Shape::of(widths, rows, kibibytes * 1024);
+        assert_eq!(of(REPORT, 128, 227), Some(SHAPES[0]));
+        assert_eq!(of(REPORT, 128, 163), Some(SHAPES[1]));
+        assert_eq!(of(REPORT, 128, 99), Some(SHAPES[2]));
+        assert_eq!(of(REPORT, 128, 64), None);
+        assert_eq!(of(REPORT, 33, 227), Some(SHAPES[0]));
+        assert_eq!(of(REPORT, 32, 227), Some(SHAPES[2]));
+        let wide = |latent, rope| {
+            let widths = Widths {
+                latent,
+                rope,
+                ..REPORT
+            };
+            of(widths, 128, 227)
+        };
+        assert_eq!(wide(16, 16), Some(SHAPES[0]));
+        assert_eq!(wide(496, 80), Some(SHAPES[0]));
+        for (latent, rope) in [
+            (520, 64),
+            (528, 64),
+            (500, 64),
+            (512, 40),
+            (512, 0),
+            (0, 64),
+        ] {
+            assert_eq!(wide(latent, rope), None, "{latent} + {rope}");
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_programs_have_the_shared_memory_that_shapes_are_chosen_by() {
+        let sources = crate::cuda_source::cuda_sources().expect("CubeCL accepts the kernels");
+        for shape in SHAPES {
+            let Shape {
+                rows, keys, stages, ..
+            } = shape;
+            let name = format!("mla tensor cores {rows}x{keys}x{stages}, 128 x 512 + 64");
+            let source = sources.iter().find(|source| source.name == name);
+            let source = source.expect("a program of the shape");
+            assert_eq!(shape.shared_memory(REPORT), source.shared_memory, "{name}");
+        }
+    }
+
+    #[test]
+    fn chunks_are_those_whose_waves_end_soonest() {
+        // 132 cubes at a time, and 64 positions of a tile.
+        // A sequence of 4096, two cubes of rows per chunk: a tile each.
+        assert_eq!(tiles_of_a_chunk(64, 2, 132), 1);
+        // A sequence of 131072: 64 chunks, one wave.
+        assert_eq!(tiles_of_a_chunk(2048, 2, 132), 32);
+        // 64 sequences fill a wave, and would fill two with half of the work.
+        assert_eq!(tiles_of_a_chunk(64, 128, 132), 64);
+        // 40 sequences: three chunks in two waves.
+        assert_eq!(tiles_of_a_chunk(64, 80, 132), 22);
+        // Two waves of three tiles are fewer tiles than one of eight, but have twice what comes beside them.
+        assert_eq!(tiles_of_a_chunk(8, 85, 132), 8);
+        // More sequences than multiprocessors, one tile, and one of everything.
+        assert_eq!(tiles_of_a_chunk(10, 1000, 132), 10);
+        assert_eq!(tiles_of_a_chunk(1, 1, 132), 1);
+        assert_eq!(tiles_of_a_chunk(1, 1, 1), 1);
+    }
+}
+
 /// The kernels are compiled for each H, C and R: few of them.
 #[cfg(feature = "wgpu")]
 mod on_wgpu {
@@ -314,7 +395,11 @@ mod on_wgpu {
             assert_close(out, &expected, case.tolerance());
             let (queries, cache, lengths) = native();
             let inputs = launch::Inputs::new(queries, cache, lengths);
-            let chunked = launch::mla_decode(inputs, tiles * kernel::KEYS);
+            let plan = launch::Plan {
+                shape: None,
+                chunk: tiles * kernel::KEYS,
+            };
+            let chunked = launch::mla_decode(inputs, plan);
             assert_close(chunked, &expected, case.tolerance());
             let reference = operation(case.tensors(&operands, DType::F32, &Device::flex()));
             assert_close(reference, &expected, case.tolerance());

@@ -79,7 +79,7 @@ pub enum Unsupported {
 }
 
 /// The compute capability of a CUDA device, as in `sm_90`.
-fn capability(client: &Client) -> Option<u32> {
+pub(crate) fn capability(client: &Client) -> Option<u32> {
     let fingerprint = &client.properties().identity.fingerprint;
     fingerprint.strip_prefix("ptx_sm")?.parse().ok()
 }

@@ -1,0 +1,189 @@
+//! The CUDA C++ of attention on tensor cores, run on the CPU: every index, copy, fragment, exchange and mask of the
+//! programs that a GPU gets, and of the merging of chunks, against the definition in double precision.
+//! [`gpu.h`](emulated/gpu.h) and [`attention.h`](emulated/attention.h) are the GPU, as NVIDIA's documentation describes
+//! it.
+//!
+//! Needs a C++ compiler, named by `CXX` or `c++`. It says nothing of the hardware itself, nor of time.
+
+use std::{env, fs, path::Path, process::Command};
+
+use deepburn_kernels::cuda_source::{CudaSource, cuda_sources};
+
+/// Queries of a sequence, positions of the cache, positions of a chunk, and the valid positions of every sequence.
+type Case = (usize, usize, usize, &'static [i32]);
+
+/// No position, one, edges of tiles and chunks, several chunks, sequences of other lengths; a query that sees nothing
+/// beside one that does; a length beyond the cache; more rows than a cube has, over several tiles.
+const CASES: [Case; 4] = [
+    (1, 200, 128, &[200, 0, 1, 64, 65, 127, 129]),
+    (3, 150, 64, &[150, 2, 3, 66, 31, 33]),
+    (1, 70, 192, &[63, 32, 80]),
+    (14, 100, 128, &[100, 13]),
+];
+
+#[test]
+fn few_channels_and_five_heads() {
+    for shape in ["64x64x2", "64x32x2", "32x32x1"] {
+        check(shape, "5 x 48 + 16", &CASES);
+    }
+}
+
+#[test]
+fn steps_that_do_not_divide_and_three_heads() {
+    for shape in ["64x64x2", "64x32x2", "32x32x1"] {
+        check(shape, "3 x 144 + 32", &CASES);
+    }
+}
+
+/// Two cubes of rows for every chunk, of two tiles.
+const OF_THE_REPORT: [Case; 1] = [(1, 192, 128, &[161, 64])];
+
+#[test]
+fn the_reports_widths_with_the_most_shared_memory() {
+    check("64x64x2", "128 x 512 + 64", &OF_THE_REPORT);
+}
+
+#[test]
+fn the_reports_widths_with_shorter_tiles() {
+    check("64x32x2", "128 x 512 + 64", &OF_THE_REPORT);
+}
+
+#[test]
+fn the_reports_widths_with_one_tile() {
+    check("32x32x1", "128 x 512 + 64", &OF_THE_REPORT);
+}
+
+#[track_caller]
+fn check(shape: &str, widths: &str, cases: &[Case]) {
+    let sources = cuda_sources().expect("CubeCL accepts the kernels");
+    let named = |name: String| {
+        let source = sources.iter().find(|source| source.name == name);
+        source.unwrap_or_else(|| panic!("no kernel {name}"))
+    };
+    let attend = named(format!("mla tensor cores {shape}, {widths}"));
+    let merge = named(format!("mla merge bf16, {widths}"));
+    let here = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it for tests");
+    let here = Path::new(&here).join("tests/emulated");
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
+    fs::create_dir_all(&folder).expect("a folder under the target directory");
+    let name = attend
+        .name
+        .replace(|c: char| !c.is_ascii_alphanumeric(), "_");
+    let (program, file) = (folder.join(&name), folder.join(&name).with_extension("cpp"));
+    fs::write(&file, host_program(attend, merge, shape, widths))
+        .expect("a file under the target directory");
+    let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_string());
+    let compiled = Command::new(&compiler)
+        .args(["-std=c++17", "-O2", "-w", "-pthread", "-I"])
+        .arg(here)
+        .arg("-o")
+        .args([&program, &file])
+        .output()
+        .unwrap_or_else(|error| panic!("the C++ compiler {compiler}: {error}"));
+    let log = String::from_utf8_lossy(&compiled.stderr);
+    assert!(compiled.status.success(), "{name}:\n{log}");
+    for (queries, positions, chunk, lengths) in cases {
+        let sizes = [queries, positions, chunk].map(|size| size.to_string());
+        let run = Command::new(&program)
+            .args(sizes)
+            .args(lengths.iter().map(|length| length.to_string()))
+            .output()
+            .expect("a program just compiled");
+        let found = String::from_utf8_lossy(&run.stdout);
+        println!("{name}, {queries} {positions} {chunk} {lengths:?}: {found}");
+        assert!(
+            run.status.success(),
+            "{name}, {queries} {positions} {chunk} {lengths:?}: {found}"
+        );
+    }
+}
+
+/// Both programs for the host's compiler, each in a namespace, and what runs them.
+fn host_program(attend: &CudaSource, merge: &CudaSource, shape: &str, widths: &str) -> String {
+    let numbers = |text: &str| -> Vec<usize> {
+        let words = text.split(|c: char| !c.is_ascii_digit());
+        words.filter_map(|word| word.parse().ok()).collect()
+    };
+    let (rows, widths) = (numbers(shape)[0], numbers(widths));
+    let kernel = |source: &CudaSource| {
+        let start = format!("__launch_bounds__({})", source.units);
+        between(&source.text, &start, "(").trim().to_string()
+    };
+    let shared = between(&attend.text, "extern __shared__ ", "[]");
+    let shared = shared.rsplit(' ').next().expect("a name after the type");
+    let part = |namespace: &str, source: &CudaSource| {
+        format!(
+            "namespace {namespace} {{\n{}\n}}\n",
+            for_the_host(&source.text)
+        )
+    };
+    format!(
+        "#include \"attention.h\"\n\
+         namespace attend {{ alignas(1024) char {shared}[SHARED]; }}\n\
+         char *const shared_memory = attend::{shared};\n\
+         {}{}\
+         #define ATTEND {}\n#define ATTEND_THREADS {}\n#define MERGE {}\n#define MERGE_THREADS {}\n\
+         #define HEADS {}\n#define LATENT {}\n#define ROPE {}\n#define ROWS {rows}\n\
+         #include \"attend.h\"\n",
+        part("attend", attend),
+        part("merge", merge),
+        kernel(attend),
+        attend.units,
+        kernel(merge),
+        merge.units,
+        widths[0],
+        widths[1],
+        widths[2],
+    )
+}
+
+#[track_caller]
+fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
+    let rest = text.split_once(before).expect("what comes before").1;
+    rest.split_once(after).expect("what comes after").0
+}
+
+/// The program without CUDA's headers and with every assembly statement replaced by a call of what it does.
+fn for_the_host(text: &str) -> String {
+    let lines = text.lines().filter(|line| !line.starts_with("#include"));
+    let text = lines.collect::<Vec<_>>().join("\n");
+    let mut out = String::new();
+    let mut rest = text.as_str();
+    while let Some((before, after)) = rest.split_once("asm ") {
+        let (statement, tail) = after.split_once(");").expect("the end of a statement");
+        out.push_str(before);
+        out.push_str(&call(statement));
+        rest = tail;
+    }
+    out + rest
+}
+
+/// A call for `volatile("code" : "=f"(result.i_0), .. : "r"(v1), .. : "memory"`: its operands are in this order too.
+fn call(statement: &str) -> String {
+    let (_, statement) = statement.split_once('"').expect("a string");
+    let (code, operands) = statement.split_once("\" :").expect("the end of the string");
+    let operands: Vec<&str> = operands
+        .split("\"(")
+        .skip(1)
+        .filter_map(|operand| Some(operand.rsplit_once(')')?.0))
+        .collect();
+    let mut arguments = operands.join(", ");
+    let function = match code {
+        _ if code.contains("cp.async.cg.shared.global") => "gpu::cp_async",
+        _ if code.contains("cp.async.wait_all") => "attention::cp_async_wait_all",
+        _ if code.contains("ldmatrix.sync.aligned.m8n8.x4.shared.b16") => "attention::ldmatrix_x4",
+        _ if code.contains("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") => {
+            "attention::ldmatrix_x4_trans"
+        }
+        _ if code.contains("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") => {
+            "attention::mma_m16n8k16_bf16"
+        }
+        _ if code.contains("shfl.sync.bfly.b32") => {
+            arguments += &format!(", {}", between(code, "%1, ", ","));
+            "attention::shfl_bfly"
+        }
+        _ if code.contains("cvt.rn.bf16x2.f32") => "attention::cvt_bf16x2",
+        _ => panic!("no emulation of {code}"),
+    };
+    format!("{function}({arguments});")
+}
