@@ -529,7 +529,10 @@ impl TrainConfig {
             }
             let rule = match pipelines {
                 1 => refused.rule,
-                _ => format!("{} in each of {pipelines} pipelines, not {each}", refused.rule),
+                _ => format!(
+                    "{} in each of {pipelines} pipelines, not {each}",
+                    refused.rule
+                ),
             };
             ConfigError::rule("batch.accumulation", *accumulation, &rule)
         })?;
