@@ -27,7 +27,9 @@ fn mpirun() -> Option<Command> {
     }
     let mut command = Command::new("mpirun");
     command
-        .arg("--oversubscribe")
+        // As --oversubscribe for Open MPI 4 and 5. Other implementations need no leave.
+        .env("OMPI_MCA_rmaps_base_oversubscribe", "1")
+        .env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
         // Open MPI asks for these where tests run as root.
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
         .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
