@@ -26,4 +26,6 @@ pub mod rope;
 pub mod routing;
 pub mod swiglu;
 mod vector;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod warp;
 pub mod weight_grad;

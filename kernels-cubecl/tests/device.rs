@@ -6,6 +6,7 @@ use deepburn_kernels::{
         self, Quantized, ScaleFormat, TILE, Tile, native,
         tiles::{self, dequantize},
     },
+    grouped_gemm::grouped_matmul,
     mla_decode::mla_decode,
     permute::{Permutation, combine, permute},
 };
@@ -464,5 +465,47 @@ fn what_is_not_finite_reaches_its_row_alone() {
             found.iter().all(|x| x.is_nan() == (row == 100)),
             "row {row}"
         );
+    }
+}
+
+/// Of small integers, so that sums are exact and only the result is rounded.
+#[test]
+fn grouped_products_in_bf16_and_their_gradients_are_those_of_the_cpu() {
+    let Some(device) = cuda() else { return };
+    for (counts, rest, k, n) in [
+        (vec![130, 0, 1, 64, 5], 3, 72, 136),
+        (vec![0, 700, 300], 0, 512, 264),
+        (vec![1], 150, 8, 16),
+        // Widths that the tensor cores do not take.
+        (vec![40, 7], 2, 20, 33),
+    ] {
+        let (experts, rows) = (counts.len(), counts.iter().sum::<i32>() as usize + rest);
+        let integers = |length, seed| -> Vec<f32> {
+            noise(length, seed)
+                .map(|noise| (noise * 2.49).round())
+                .collect()
+        };
+        let run = |device: &Device, dtype: DType| {
+            let device = device.clone().autodiff();
+            let of = |values: Vec<f32>, shape: [usize; 2]| {
+                let data = TensorData::new(values, shape);
+                Tensor::<2>::from_data(data, &device).cast(dtype)
+            };
+            let x = of(integers(rows * k, 1), [rows, k]).require_grad();
+            let weights = of(integers(experts * k * n, 2), [experts * k, n]);
+            let weights = weights.reshape([experts, k, n]).require_grad();
+            let upstream = of(integers(rows * n, 3), [rows, n]);
+            let counts = TensorData::new(counts.clone(), [experts]);
+            let counts = Tensor::<1, Int>::from_data(counts, &device);
+            let y = grouped_matmul(x.clone(), weights.clone(), counts);
+            let grads = (y.clone() * upstream).sum().backward();
+            let of_weights = weights.grad(&grads).expect("reached");
+            let of_weights = of_weights.reshape([experts * k, n]);
+            let results = [y.inner(), x.grad(&grads).expect("reached"), of_weights];
+            results.map(|result| download(result.cast(DType::BF16)))
+        };
+        let found = run(&device, DType::BF16);
+        let expected = run(&Device::flex(), DType::F32);
+        assert_eq!(found, expected, "{counts:?}, {rest}, {k} x {n}");
     }
 }

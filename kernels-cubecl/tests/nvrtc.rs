@@ -151,6 +151,26 @@ fn attention_multiplies_on_tensor_cores_from_one_copy_of_the_cache() {
 }
 
 #[test]
+fn grouped_products_in_bf16_multiply_on_tensor_cores() {
+    for compiled in compile(|name| name.starts_with("grouped tensor cores")) {
+        // Four steps of sixteen for each of sixteen tiles of 16 x 8 of a warp.
+        compiled.has("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", 64);
+        // For each step four tiles of rows and two pairs of tiles of columns, turned where the inner size is across.
+        let (rows, columns) = (4 * 4, 4 * 2);
+        let turned = match compiled.source.name.rsplit(", ").next() {
+            Some("forward") => columns,
+            Some("input grad") => 0,
+            _ => rows + columns,
+        };
+        compiled.has("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", turned);
+        let straight = rows + columns - turned;
+        compiled.has("ldmatrix.sync.aligned.m8n8.x4.shared.b16", straight);
+        // Two stages before the loop and one in it, two matrices, four copies of a unit.
+        compiled.has("cp.async.cg.shared.global", 3 * 2 * 4);
+    }
+}
+
+#[test]
 fn codes_are_converted_by_the_instruction_where_there_is_one() {
     let quantizes = |name: &str| name.contains("quantize");
     for compiled in compile(|name| quantizes(name) && name.ends_with("cvt")) {

@@ -13,7 +13,7 @@ const DEPTH: usize = 16;
 pub(super) const UNITS: usize = 16;
 const EACH: usize = TILE / UNITS;
 
-/// Writes where segments start, `E + 2` numbers in rows and as many in tiles. After those of the experts comes one of
+/// Writes where segments start, `E + 2` numbers in rows and as many in tiles of `tile` rows. After those of the experts comes one of
 /// the rows that are no expert's, and the end. One cube.
 #[cube(launch)]
 pub(super) fn segment_bounds<I: Int>(
@@ -21,6 +21,7 @@ pub(super) fn segment_bounds<I: Int>(
     bounds: &mut [u32], // [2, E + 2]
     rows: u32,
     #[comptime] experts: usize,
+    #[comptime] tile: u32,
     #[define(I)] _dtype: ElemType,
 ) {
     let mut sizes = Shared::<[u32]>::new_slice(experts);
@@ -34,11 +35,11 @@ pub(super) fn segment_bounds<I: Int>(
         for earlier in 0..experts {
             if earlier < segment {
                 start += sizes[earlier];
-                tiles += tiles_of(sizes[earlier]);
+                tiles += sizes[earlier].div_ceil(tile);
             }
         }
         if segment > experts {
-            tiles += tiles_of(rows - start);
+            tiles += (rows - start).div_ceil(tile);
             start = rows;
         }
         bounds[segment] = start;
@@ -46,9 +47,21 @@ pub(super) fn segment_bounds<I: Int>(
     }
 }
 
+/// The last segment whose first tile is not after `tile`: empty ones start with the segment behind them.
 #[cube]
-fn tiles_of(rows: u32) -> u32 {
-    rows.div_ceil(TILE as u32)
+pub(super) fn segment_of(bounds: &[u32], tile: u32) -> usize {
+    let experts = bounds.len() / 2 - 2;
+    let mut segment = 0;
+    let mut after = experts + 1;
+    while after - segment > 1 {
+        let middle = (segment + after) / 2;
+        if bounds[experts + 2 + middle] <= tile {
+            segment = middle;
+        } else {
+            after = middle;
+        }
+    }
+    segment
 }
 
 /// `out_e = x_e W_e`, or `x_e W_e^T` with `transposed`; zero for rows that are no expert's.
@@ -68,17 +81,7 @@ pub(super) fn segment_matmul<F: Float>(
     if tile >= bounds[2 * experts + 3] {
         terminate!();
     }
-    // The last segment whose first tile is not after this one: empty ones start with the segment behind them.
-    let mut segment = 0;
-    let mut after = experts + 1;
-    while after - segment > 1 {
-        let middle = (segment + after) / 2;
-        if bounds[experts + 2 + middle] <= tile {
-            segment = middle;
-        } else {
-            after = middle;
-        }
-    }
+    let segment = segment_of(bounds, tile);
     let first = bounds[segment] + (tile - bounds[experts + 2 + segment]) * TILE as u32;
     let first = first as usize;
     let end = bounds[segment + 1] as usize;

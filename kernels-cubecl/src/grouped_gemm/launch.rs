@@ -1,5 +1,10 @@
 //! Launches of the kernels for CubeCL devices.
 
+#![allow(
+    unsafe_code,
+    reason = "the tensor cores' kernels are launched without checks of their indices"
+)]
+
 use burn::{
     backend::{
         Cube,
@@ -10,11 +15,16 @@ use burn::{
 };
 use cubecl::prelude::*;
 
-use super::{GroupedGemmGrad, GroupedGemmOps, kernel};
+use super::{GroupedGemmGrad, GroupedGemmOps, kernel, tensor_cores};
 use crate::{
     cube::{CubeTensor, address, contiguous, elem, empty},
     flex::dims,
+    fp8::capability,
+    warp::CHUNK,
 };
+
+/// Bytes of a copy to shared memory, which starts at a multiple of them.
+const COPY: u64 = 16;
 
 impl GroupedGemmOps for Cube {
     fn segment_matmul(
@@ -47,15 +57,41 @@ impl GroupedGemmGrad for Cube {
         }
         let out = empty(&x, shape, x.dtype);
         let (client, dtype) = (x.client.clone(), elem(&x));
-        let bounds = bounds(counts, rows);
-        let count = CubeCount::Static(tiles(width), tiles(height), experts as u32);
+        let (x, grad) = (contiguous(x), contiguous(grad));
+        let tensor_cores = on_tensor_cores([&x, &grad], [height, width]);
+        let tile = if tensor_cores {
+            tensor_cores::TILE
+        } else {
+            kernel::TILE
+        };
+        let bounds = bounds(counts, rows, tile);
+        let count = CubeCount::Static(tiles(width, tile), tiles(height, tile), experts as u32);
+        let address = address(&[&x, &grad, &out]);
+        if tensor_cores {
+            // SAFETY: as in `by_segment`.
+            unsafe {
+                tensor_cores::segment_weight_grad_bf16::launch_unchecked(
+                    &client,
+                    count,
+                    CubeDim::new_1d(tensor_cores::UNITS as u32),
+                    address,
+                    x.into_buffer_arg(),
+                    grad.into_buffer_arg(),
+                    bounds.into_buffer_arg(),
+                    out.clone().into_buffer_arg(),
+                    height,
+                    width,
+                );
+            }
+            return out;
+        }
         kernel::segment_matmul_weight_grad::launch(
             &client,
             count,
             DIM,
-            address(&[&x, &grad, &out]),
-            contiguous(x).into_buffer_arg(),
-            contiguous(grad).into_buffer_arg(),
+            address,
+            x.into_buffer_arg(),
+            grad.into_buffer_arg(),
             bounds.into_buffer_arg(),
             out.clone().into_buffer_arg(),
             height,
@@ -83,16 +119,44 @@ fn by_segment(
     }
     let out = empty(&x, shape, x.dtype);
     let (client, dtype) = (x.client.clone(), elem(&x));
-    let bounds = bounds(counts, rows);
+    let (x, weights) = (contiguous(x), contiguous(weights));
+    let tensor_cores = on_tensor_cores([&x, &weights], [inner, width]);
+    let tile = if tensor_cores {
+        tensor_cores::TILE
+    } else {
+        kernel::TILE
+    };
+    let bounds = bounds(counts, rows, tile);
     // Each segment, and the rows behind the last, may have one tile that is not full.
-    let count = CubeCount::Static(tiles(rows) + experts as u32, tiles(width), 1);
+    let count = CubeCount::Static(tiles(rows, tile) + experts as u32, tiles(width, tile), 1);
+    let address = address(&[&x, &weights, &out]);
+    if tensor_cores {
+        // SAFETY: the kernel's indices stay in the shapes that it is told, which are those of its buffers, copies of what
+        // is beyond them read nothing, and its loops are counted.
+        unsafe {
+            tensor_cores::segment_matmul_bf16::launch_unchecked(
+                &client,
+                count,
+                CubeDim::new_1d(tensor_cores::UNITS as u32),
+                address,
+                x.into_buffer_arg(),
+                weights.into_buffer_arg(),
+                bounds.into_buffer_arg(),
+                out.clone().into_buffer_arg(),
+                inner,
+                width,
+                transposed,
+            );
+        }
+        return out;
+    }
     kernel::segment_matmul::launch(
         &client,
         count,
         DIM,
-        address(&[&x, &weights, &out]),
-        contiguous(x).into_buffer_arg(),
-        contiguous(weights).into_buffer_arg(),
+        address,
+        x.into_buffer_arg(),
+        weights.into_buffer_arg(),
         bounds.into_buffer_arg(),
         out.clone().into_buffer_arg(),
         inner,
@@ -103,8 +167,17 @@ fn by_segment(
     out
 }
 
-/// Where the segments of `rows` rows start, in rows and in tiles.
-fn bounds(counts: CubeTensor, rows: usize) -> CubeTensor {
+/// Whether tensor cores multiply: bf16 on a CUDA device that has them for it, where rows are whole copies of 16 bytes.
+fn on_tensor_cores(operands: [&CubeTensor; 2], widths: [usize; 2]) -> bool {
+    operands.into_iter().all(|operand| {
+        operand.dtype == DType::BF16
+            && (operand.handle.offset_start.unwrap_or(0)).is_multiple_of(COPY)
+            && capability(&operand.client).is_some_and(|capability| capability >= 80)
+    }) && widths.into_iter().all(|width| width.is_multiple_of(CHUNK))
+}
+
+/// Where the segments of `rows` rows start, in rows and in tiles of `tile` rows.
+fn bounds(counts: CubeTensor, rows: usize, tile: usize) -> CubeTensor {
     let counts = contiguous(counts);
     let [experts] = dims(&counts);
     let bounds = empty(&counts, [2, experts + 2], DType::U32);
@@ -117,11 +190,12 @@ fn bounds(counts: CubeTensor, rows: usize) -> CubeTensor {
         bounds.clone().into_buffer_arg(),
         rows as u32,
         experts,
+        tile as u32,
         dtype,
     );
     bounds
 }
 
-fn tiles(size: usize) -> u32 {
-    size.div_ceil(kernel::TILE) as u32
+fn tiles(size: usize, tile: usize) -> u32 {
+    size.div_ceil(tile) as u32
 }

@@ -9,6 +9,8 @@ mod kernel;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod launch;
 pub(crate) mod reference;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod tensor_cores;
 #[cfg(test)]
 mod tests;
 
@@ -24,7 +26,9 @@ use burn::{
 ///
 /// Segments follow each other in order of `e`, `counts[e]` rows each; empty segments are allowed. Rows behind the last
 /// segment are of no matrix: zero in the result. Native on Flex for f32 and f64, and on CubeCL devices for f32, f16 and
-/// bf16 with sums in single precision, where `counts` stay on the device; the reference reads them on the host.
+/// bf16 with sums in single precision, where `counts` stay on the device; the reference reads them on the host. On CUDA
+/// devices of compute capability 8.0 and later bf16 is multiplied by tensor cores if K and N are multiples of eight and
+/// both operands start at a multiple of 16 bytes, and so are the products of its gradients.
 ///
 /// # Shapes
 /// - `x`: `[S, K]`, `weights`: `[E, K, N]`, `counts`: `[E]` with a sum of at most S

@@ -2,6 +2,8 @@
 //! share one key and one value per position, the cached latent.
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod copies;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod kernel;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod launch;
@@ -14,8 +16,6 @@ mod sources;
 mod tensor_cores;
 #[cfg(test)]
 mod tests;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
-mod warp;
 
 use burn::tensor::{DType, Device, Int, Tensor};
 

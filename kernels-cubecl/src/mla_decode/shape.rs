@@ -1,6 +1,7 @@
 //! The sizes of a cube of [`super::tensor_cores`], by what a device has.
 
-use super::{kernel::Widths, warp::pitch};
+use super::kernel::Widths;
+use crate::warp::pitch;
 
 /// What a cube computes at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

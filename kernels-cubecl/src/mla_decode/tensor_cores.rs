@@ -15,12 +15,13 @@
 use cubecl::prelude::*;
 
 use super::{
+    copies::{Lines, copy_rows},
     kernel::{LOWEST, Widths, visible},
     shape::{FRAGMENT, Shape, WARP},
-    warp::{
-        Chunk, Lines, Sums, copy_rows, load_matrices, multiply, other, pitch, place, rounded,
-        shared_rows, wait_for_all_copies,
-    },
+};
+use crate::warp::{
+    Chunk, Sums, load_matrices, multiply, other, pitch, place, rounded, shared_rows,
+    wait_for_all_copies,
 };
 
 /// Steps of sixteen channels whose operands are loaded together.

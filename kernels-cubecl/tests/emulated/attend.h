@@ -71,7 +71,7 @@ static long check(Numbers kind, long queries, long positions, long chunk, const 
         auto *c = aligned<uint32_t_4>(c_kv), *d = aligned<uint32_t_4>(k_pe);
         int *lengths = lengths_and_more.data();
         // A cube more than there is work for.
-        attention::run(batch * chunks * row_tiles + 1, ATTEND_THREADS,
+        bf16::run(batch * chunks * row_tiles + 1, ATTEND_THREADS,
                        [=] { ATTEND(a, b, c, d, lengths, sums_out, softmax_out, info); });
     }
     {
@@ -81,7 +81,7 @@ static long check(Numbers kind, long queries, long positions, long chunk, const 
         float *a = sums.data(), *b = softmax.data();
         int *lengths = lengths_and_more.data();
         Bf16 *to = out.data();
-        attention::run(batch * rows, MERGE_THREADS, [=] { MERGE(a, b, lengths, to, info); });
+        bf16::run(batch * rows, MERGE_THREADS, [=] { MERGE(a, b, lengths, to, info); });
     }
 
     long wrong = 0;

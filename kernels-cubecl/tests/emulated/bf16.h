@@ -26,7 +26,7 @@ static float __bfloat162float(Bf16 value) { return value; }
 
 static Index gridDim;
 
-namespace attention {
+namespace bf16 {
 using gpu::lane;
 using gpu::warp;
 
@@ -112,4 +112,4 @@ inline void shfl_bfly(float &out, float value, unsigned across) { out = exchange
 template <class Word> void cvt_bf16x2(Word &out, float upper, float lower) {
     out = unsigned(Bf16(upper).bits) << 16 | Bf16(lower).bits;
 }
-} // namespace attention
+} // namespace bf16

@@ -1,11 +1,15 @@
-//! The CUDA C++ of attention on tensor cores, run on the CPU: every index, copy, fragment, exchange and mask of the
-//! programs that a GPU gets, and of the merging of chunks, against the definition in double precision.
-//! [`gpu.h`](emulated/gpu.h) and [`attention.h`](emulated/attention.h) are the GPU, as NVIDIA's documentation describes
-//! it.
+//! The CUDA C++ in bf16 on tensor cores, run on the CPU: every index, copy, fragment, exchange and mask of the programs
+//! that a GPU gets. Attention and the merging of its chunks against the definition in double precision, grouped products
+//! against exact sums. [`gpu.h`](emulated/gpu.h) and [`bf16.h`](emulated/bf16.h) are the GPU, as NVIDIA's documentation
+//! describes it.
 //!
 //! Needs a C++ compiler, named by `CXX` or `c++`. It says nothing of the hardware itself, nor of time.
 
-use std::{env, fs, path::Path, process::Command};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use deepburn_kernels::cuda_source::{CudaSource, cuda_sources};
 
@@ -62,16 +66,76 @@ fn check(shape: &str, widths: &str, cases: &[Case]) {
     };
     let attend = named(format!("mla tensor cores {shape}, {widths}"));
     let merge = named(format!("mla merge bf16, {widths}"));
+    let program = compiled(&attend.name, &host_program(attend, merge, shape, widths));
+    for (queries, positions, chunk, lengths) in cases {
+        let sizes = [queries, positions, chunk].map(|size| size.to_string());
+        let lengths = lengths.iter().map(|length| length.to_string());
+        run(
+            &program,
+            &sizes.into_iter().chain(lengths).collect::<Vec<_>>(),
+        );
+    }
+}
+
+/// K (of weight gradients the height), N, rows behind the last segment, and the rows of every segment: empty ones, edges
+/// of tiles and of stages, starts anywhere, more stages than there are, and no rows at all.
+const GROUPED: [&[usize]; 4] = [
+    &[72, 136, 3, 130, 0, 1, 64, 5],
+    &[264, 8, 0, 0, 0, 129],
+    &[8, 16, 150, 1],
+    &[16, 8, 5, 0, 0],
+];
+
+#[test]
+fn grouped_products() {
+    check_grouped("forward", 0);
+}
+
+#[test]
+fn input_gradients_of_grouped_products() {
+    check_grouped("input grad", 1);
+}
+
+#[test]
+fn weight_gradients_of_grouped_products() {
+    check_grouped("weight grad", 2);
+}
+
+#[track_caller]
+fn check_grouped(name: &str, mode: usize) {
+    let sources = cuda_sources().expect("CubeCL accepts the kernels");
+    let name = format!("grouped tensor cores, {name}");
+    let source = sources.iter().find(|source| source.name == name);
+    let source = source.expect("a kernel of this name");
+    let shared = shared_memory(source);
+    let text = format!(
+        "#include \"bf16.h\"\n\
+         alignas(1024) char {shared}[SHARED];\n\
+         char *const shared_memory = {shared};\n\
+         {}\n\
+         #define KERNEL {}\n#define THREADS {}\n#define MODE {mode}\n\
+         #include \"grouped.h\"\n",
+        for_the_host(&source.text),
+        kernel(source),
+        source.units,
+    );
+    let program = compiled(&name, &text);
+    for sizes in GROUPED {
+        let sizes = sizes.iter().map(|size| size.to_string());
+        run(&program, &sizes.collect::<Vec<_>>());
+    }
+}
+
+/// Compiles a program for the host.
+#[track_caller]
+fn compiled(name: &str, text: &str) -> PathBuf {
     let here = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it for tests");
     let here = Path::new(&here).join("tests/emulated");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
     fs::create_dir_all(&folder).expect("a folder under the target directory");
-    let name = attend
-        .name
-        .replace(|c: char| !c.is_ascii_alphanumeric(), "_");
-    let (program, file) = (folder.join(&name), folder.join(&name).with_extension("cpp"));
-    fs::write(&file, host_program(attend, merge, shape, widths))
-        .expect("a file under the target directory");
+    let program = folder.join(name.replace(|c: char| !c.is_ascii_alphanumeric(), "_"));
+    let file = program.with_extension("cpp");
+    fs::write(&file, text).expect("a file under the target directory");
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_string());
     let compiled = Command::new(&compiler)
         .args(["-std=c++17", "-O2", "-w", "-pthread", "-I"])
@@ -82,20 +146,28 @@ fn check(shape: &str, widths: &str, cases: &[Case]) {
         .unwrap_or_else(|error| panic!("the C++ compiler {compiler}: {error}"));
     let log = String::from_utf8_lossy(&compiled.stderr);
     assert!(compiled.status.success(), "{name}:\n{log}");
-    for (queries, positions, chunk, lengths) in cases {
-        let sizes = [queries, positions, chunk].map(|size| size.to_string());
-        let run = Command::new(&program)
-            .args(sizes)
-            .args(lengths.iter().map(|length| length.to_string()))
-            .output()
-            .expect("a program just compiled");
-        let found = String::from_utf8_lossy(&run.stdout);
-        println!("{name}, {queries} {positions} {chunk} {lengths:?}: {found}");
-        assert!(
-            run.status.success(),
-            "{name}, {queries} {positions} {chunk} {lengths:?}: {found}"
-        );
-    }
+    program
+}
+
+#[track_caller]
+fn run(program: &Path, arguments: &[String]) {
+    let run = Command::new(program).args(arguments).output();
+    let run = run.expect("a program just compiled");
+    let found = String::from_utf8_lossy(&run.stdout);
+    println!("{}, {arguments:?}: {found}", program.display());
+    let name = program.display();
+    assert!(run.status.success(), "{name}, {arguments:?}: {found}");
+}
+
+fn kernel(source: &CudaSource) -> &str {
+    let start = format!("__launch_bounds__({})", source.units);
+    between(&source.text, &start, "(").trim()
+}
+
+/// The name of the program's shared memory.
+fn shared_memory(source: &CudaSource) -> &str {
+    let shared = between(&source.text, "extern __shared__ ", "[]");
+    shared.rsplit(' ').next().expect("a name after the type")
 }
 
 /// Both programs for the host's compiler, each in a namespace, and what runs them.
@@ -105,12 +177,7 @@ fn host_program(attend: &CudaSource, merge: &CudaSource, shape: &str, widths: &s
         words.filter_map(|word| word.parse().ok()).collect()
     };
     let (rows, widths) = (numbers(shape)[0], numbers(widths));
-    let kernel = |source: &CudaSource| {
-        let start = format!("__launch_bounds__({})", source.units);
-        between(&source.text, &start, "(").trim().to_string()
-    };
-    let shared = between(&attend.text, "extern __shared__ ", "[]");
-    let shared = shared.rsplit(' ').next().expect("a name after the type");
+    let shared = shared_memory(attend);
     let part = |namespace: &str, source: &CudaSource| {
         format!(
             "namespace {namespace} {{\n{}\n}}\n",
@@ -118,7 +185,7 @@ fn host_program(attend: &CudaSource, merge: &CudaSource, shape: &str, widths: &s
         )
     };
     format!(
-        "#include \"attention.h\"\n\
+        "#include \"bf16.h\"\n\
          namespace attend {{ alignas(1024) char {shared}[SHARED]; }}\n\
          char *const shared_memory = attend::{shared};\n\
          {}{}\
@@ -170,19 +237,21 @@ fn call(statement: &str) -> String {
     let mut arguments = operands.join(", ");
     let function = match code {
         _ if code.contains("cp.async.cg.shared.global") => "gpu::cp_async",
-        _ if code.contains("cp.async.wait_all") => "attention::cp_async_wait_all",
-        _ if code.contains("ldmatrix.sync.aligned.m8n8.x4.shared.b16") => "attention::ldmatrix_x4",
+        _ if code.contains("cp.async.commit_group") => "gpu::cp_async_commit_group",
+        _ if code.contains("cp.async.wait_group 1") => "gpu::cp_async_wait_group_1",
+        _ if code.contains("cp.async.wait_all") => "bf16::cp_async_wait_all",
+        _ if code.contains("ldmatrix.sync.aligned.m8n8.x4.shared.b16") => "bf16::ldmatrix_x4",
         _ if code.contains("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") => {
-            "attention::ldmatrix_x4_trans"
+            "bf16::ldmatrix_x4_trans"
         }
         _ if code.contains("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") => {
-            "attention::mma_m16n8k16_bf16"
+            "bf16::mma_m16n8k16_bf16"
         }
         _ if code.contains("shfl.sync.bfly.b32") => {
             arguments += &format!(", {}", between(code, "%1, ", ","));
-            "attention::shfl_bfly"
+            "bf16::shfl_bfly"
         }
-        _ if code.contains("cvt.rn.bf16x2.f32") => "attention::cvt_bf16x2",
+        _ if code.contains("cvt.rn.bf16x2.f32") => "bf16::cvt_bf16x2",
         _ => panic!("no emulation of {code}"),
     };
     format!("{function}({arguments});")
