@@ -1,5 +1,10 @@
 //! Copies of queries and of tiles of the cache to shared memory.
 
+#![allow(
+    clippy::if_same_then_else,
+    reason = "of two conditions, one is decided when the kernel is made"
+)]
+
 use cubecl::prelude::*;
 
 use super::kernel::Widths;
