@@ -209,6 +209,29 @@ fn a_killed_process_goes_on_where_its_last_checkpoint_was() {
 }
 
 #[test]
+fn steps_of_a_resumed_run_are_told_by_their_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = small_run(dir.path(), &["run.steps=5", "validation.interval=2"]);
+    start(&run, false, Interrupter::new()).unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_deepburn"))
+        .arg("train")
+        .arg(dir.path().join("train.toml"))
+        .args(["--set", "run.steps=7", "--set", "validation.interval=2"])
+        .arg("--set")
+        .arg(format!("run.directory={}", run.run.directory.display()))
+        .arg("--resume")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let steps: Vec<&str> = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("step ")?.split(' ').next())
+        .collect();
+    assert_eq!(steps, ["6/7", "7/7"], "{said}");
+}
+
+#[test]
 fn runs_are_not_overwritten_and_not_resumed_differently() {
     let dir = tempfile::tempdir().unwrap();
     let config = small_run(dir.path(), &["run.steps=2"]);

@@ -389,7 +389,9 @@ pub(crate) fn lead<M: Trained>(
     for measure in Measure::of_validation() {
         burn = burn.metric_valid_numeric(measure);
     }
-    if let Some(renderer) = options.renderer {
+    if let Some(mut renderer) = options.renderer {
+        let starting = (plan.done / config.validation.interval) as usize + 1;
+        renderer.start(stretches, starting, None, None);
         burn = burn.renderer(renderer);
     }
     let result = burn.launch(training.learner);
