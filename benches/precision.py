@@ -114,11 +114,13 @@ def train(args, name, settings):
     if any((folder / "checkpoints").glob("step-*")):
         command.append("--resume")
     run = subprocess.Popen(command, cwd=ROOT)
-    while wanted < args.steps and run.poll() is None and len(losses(folder)) < wanted:
+    while run.poll() is None:
+        if wanted < args.steps and len(losses(folder)) >= wanted:
+            run.send_signal(signal.SIGINT)
+            run.wait()
+            return
         time.sleep(5)
-    if run.poll() is None and wanted < args.steps:
-        run.send_signal(signal.SIGINT)
-    if run.wait() != 0 and len(losses(folder)) < wanted:
+    if run.returncode != 0:
         sys.exit(f"{name}: ended with {run.returncode}")
 
 

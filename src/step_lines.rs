@@ -84,8 +84,7 @@ impl MetricsRendererTraining for StepLines {
 
 impl TrainingProgressLogger for StepLines {
     fn start(&mut self, _: usize, starting: usize, _: Option<usize>, _: Option<&str>) {
-        // Told by the run where it goes on, and then by Burn, for which every run is at its start.
-        self.stretches = self.stretches.max(starting as u64 - 1);
+        self.stretches = starting as u64 - 1;
     }
 
     fn start_split(&mut self, split: &str, _: usize) {

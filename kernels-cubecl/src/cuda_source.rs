@@ -73,6 +73,15 @@ impl Launch {
             mode: ExecutionMode::Checked,
         }
     }
+
+    /// That of a kernel that checks its indices itself.
+    pub(crate) fn unchecked(architectures: &'static [&'static str], units: u32) -> Self {
+        Self {
+            architectures,
+            cube: CubeDim::new_1d(units),
+            mode: ExecutionMode::Unchecked,
+        }
+    }
 }
 
 /// What is needed of a device to make programs for it, and the programs made.

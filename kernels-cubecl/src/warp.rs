@@ -3,7 +3,10 @@
 //! Rows in shared memory are a multiple of 128 bytes. The 16 bytes of number `i` of row `r` are at `i ^ r % 8`: the
 //! eight rows that `ldmatrix` reads at once, and the eight that a warp writes weights of, then lie in different banks.
 
+use burn::tensor::DType;
 use cubecl::prelude::*;
+
+use crate::{cube::CubeTensor, fp8::capability};
 
 /// Elements of 16 bytes.
 pub(crate) const CHUNK: usize = 8;
@@ -12,6 +15,17 @@ pub(crate) const CHUNK: usize = 8;
 pub(crate) type Chunk = Vector<u32, Const<4>>;
 /// A unit's part of a product of 16 x 8.
 pub(crate) type Sums = Vector<f32, Const<4>>;
+
+/// Whether these kernels serve operands, as far as sizes do not matter: in bf16, on a CUDA device whose tensor cores
+/// multiply that, and starting where copies of 16 bytes do.
+pub(crate) fn serve(operands: &[&CubeTensor]) -> bool {
+    operands.iter().all(|operand| {
+        let start = operand.handle.offset_start.unwrap_or(0);
+        operand.dtype == DType::BF16
+            && start.is_multiple_of(16)
+            && capability(&operand.client).is_some_and(|capability| capability >= 80)
+    })
+}
 
 /// Distance of rows of `width` elements in shared memory, in chunks.
 pub(crate) fn pitch(width: usize) -> usize {

@@ -3,9 +3,11 @@
 //!
 //! Needs a C++ compiler, named by `CXX` or `c++`. It says nothing of the hardware itself, nor of time.
 
-use std::{env, fs, path::Path, process::Command};
+#[path = "emulated/host.rs"]
+mod host;
 
 use deepburn_kernels::cuda_source::{CudaSource, cuda_sources};
+use host::{between, compiled, for_the_host, kernel, run, shared_memory};
 
 /// M, N, K of even and odd N: less than a tile, edges of tiles, tails of the inner size, and a ring that comes round.
 const EVEN: [[usize; 3]; 5] = [
@@ -97,45 +99,16 @@ fn check(name: &str, sizes: &[impl AsRef<[usize]>]) {
         .iter()
         .find(|source| source.name == name)
         .expect("a kernel of this name");
-    // Asked for when the test runs: clones that share a build folder may share this binary.
-    let here = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
-    let here = Path::new(&here).join("tests/emulated");
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
-    fs::create_dir_all(&folder).expect("a folder under the target directory");
-    let file = folder.join(name.replace(|c: char| !c.is_ascii_alphanumeric(), "_"));
-    let text = host_program(source);
-    fs::write(file.with_extension("cpp"), text).expect("a file under the target directory");
-    let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_string());
-    let compiled = Command::new(&compiler)
-        .args(["-std=c++17", "-O2", "-w", "-pthread", "-I"])
-        .arg(here)
-        .arg("-o")
-        .args([file.clone(), file.with_extension("cpp")])
-        .output()
-        .unwrap_or_else(|error| panic!("the C++ compiler {compiler}: {error}"));
-    let log = String::from_utf8_lossy(&compiled.stderr);
-    assert!(compiled.status.success(), "{name}:\n{log}");
+    let program = compiled(name, &host_program(source));
     for size in sizes {
-        let size = size.as_ref();
-        let run = Command::new(&file)
-            .args(size.iter().map(|size| size.to_string()))
-            .output()
-            .expect("a program just compiled");
-        let found = String::from_utf8_lossy(&run.stdout);
-        assert!(run.status.success(), "{name}, {size:?}: {found}");
+        let sizes = size.as_ref().iter().map(|size| size.to_string());
+        run(&program, &sizes.collect::<Vec<_>>());
     }
 }
 
 /// A program that the host's compiler takes: without CUDA's headers, with calls for assembly.
 fn host_program(source: &CudaSource) -> String {
-    let lines = source.text.lines();
-    let text: Vec<&str> = lines.filter(|line| !line.starts_with("#include")).collect();
-    let text = text.join("\n");
-    let kernel = between(&text, &format!("__launch_bounds__({})", source.units), "(");
-    let shared = between(&text, "extern __shared__ ", "[]")
-        .rsplit(' ')
-        .next();
-    let shared = shared.expect("a name after the type");
+    let shared = shared_memory(source);
     let columns = source.name.strip_prefix("hopper multiply ");
     let columns = columns.map_or(String::new(), |rest| {
         format!("#define COLUMNS {}\n", between(rest, "", " "))
@@ -163,29 +136,10 @@ fn host_program(source: &CudaSource) -> String {
          #define KERNEL {}\n#define THREADS {}\n#define B_TILE_ROWS {b_tile_rows}\n#define OUTPUT {output}\n\
          {columns}{grouped}\
          #include \"product.h\"\n",
-        without_assembly(&text),
-        kernel.trim(),
+        for_the_host(&source.text, call),
+        kernel(source),
         source.units,
     )
-}
-
-#[track_caller]
-fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
-    let rest = text.split_once(before).expect("what comes before").1;
-    rest.split_once(after).expect("what comes after").0
-}
-
-/// The program with every assembly statement replaced by a call of what it does.
-fn without_assembly(text: &str) -> String {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once("asm ") {
-        let (statement, tail) = after.split_once(");").expect("the end of a statement");
-        out.push_str(before);
-        out.push_str(&call(statement));
-        rest = tail;
-    }
-    out + rest
 }
 
 /// `volatile("code" : "=f"(result.i_0), .. : "r"(v1), .. : "memory"`

@@ -5,13 +5,11 @@
 //!
 //! Needs a C++ compiler, named by `CXX` or `c++`. It says nothing of the hardware itself, nor of time.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+#[path = "emulated/host.rs"]
+mod host;
 
 use deepburn_kernels::cuda_source::{CudaSource, cuda_sources};
+use host::{between, compiled, for_the_host, kernel, run, shared_memory};
 
 /// Queries of a sequence, positions of the cache, positions of a chunk, and the valid positions of every sequence.
 type Case = (usize, usize, usize, &'static [i32]);
@@ -115,7 +113,7 @@ fn check_grouped(name: &str, mode: usize) {
          {}\n\
          #define KERNEL {}\n#define THREADS {}\n#define MODE {mode}\n\
          #include \"grouped.h\"\n",
-        for_the_host(&source.text),
+        for_the_host(&source.text, call),
         kernel(source),
         source.units,
     );
@@ -124,50 +122,6 @@ fn check_grouped(name: &str, mode: usize) {
         let sizes = sizes.iter().map(|size| size.to_string());
         run(&program, &sizes.collect::<Vec<_>>());
     }
-}
-
-/// Compiles a program for the host.
-#[track_caller]
-fn compiled(name: &str, text: &str) -> PathBuf {
-    let here = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it for tests");
-    let here = Path::new(&here).join("tests/emulated");
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
-    fs::create_dir_all(&folder).expect("a folder under the target directory");
-    let program = folder.join(name.replace(|c: char| !c.is_ascii_alphanumeric(), "_"));
-    let file = program.with_extension("cpp");
-    fs::write(&file, text).expect("a file under the target directory");
-    let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_string());
-    let compiled = Command::new(&compiler)
-        .args(["-std=c++17", "-O2", "-w", "-pthread", "-I"])
-        .arg(here)
-        .arg("-o")
-        .args([&program, &file])
-        .output()
-        .unwrap_or_else(|error| panic!("the C++ compiler {compiler}: {error}"));
-    let log = String::from_utf8_lossy(&compiled.stderr);
-    assert!(compiled.status.success(), "{name}:\n{log}");
-    program
-}
-
-#[track_caller]
-fn run(program: &Path, arguments: &[String]) {
-    let run = Command::new(program).args(arguments).output();
-    let run = run.expect("a program just compiled");
-    let found = String::from_utf8_lossy(&run.stdout);
-    println!("{}, {arguments:?}: {found}", program.display());
-    let name = program.display();
-    assert!(run.status.success(), "{name}, {arguments:?}: {found}");
-}
-
-fn kernel(source: &CudaSource) -> &str {
-    let start = format!("__launch_bounds__({})", source.units);
-    between(&source.text, &start, "(").trim()
-}
-
-/// The name of the program's shared memory.
-fn shared_memory(source: &CudaSource) -> &str {
-    let shared = between(&source.text, "extern __shared__ ", "[]");
-    shared.rsplit(' ').next().expect("a name after the type")
 }
 
 /// Both programs for the host's compiler, each in a namespace, and what runs them.
@@ -181,7 +135,7 @@ fn host_program(attend: &CudaSource, merge: &CudaSource, shape: &str, widths: &s
     let part = |namespace: &str, source: &CudaSource| {
         format!(
             "namespace {namespace} {{\n{}\n}}\n",
-            for_the_host(&source.text)
+            for_the_host(&source.text, call)
         )
     };
     format!(
@@ -202,27 +156,6 @@ fn host_program(attend: &CudaSource, merge: &CudaSource, shape: &str, widths: &s
         widths[1],
         widths[2],
     )
-}
-
-#[track_caller]
-fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
-    let rest = text.split_once(before).expect("what comes before").1;
-    rest.split_once(after).expect("what comes after").0
-}
-
-/// The program without CUDA's headers and with every assembly statement replaced by a call of what it does.
-fn for_the_host(text: &str) -> String {
-    let lines = text.lines().filter(|line| !line.starts_with("#include"));
-    let text = lines.collect::<Vec<_>>().join("\n");
-    let mut out = String::new();
-    let mut rest = text.as_str();
-    while let Some((before, after)) = rest.split_once("asm ") {
-        let (statement, tail) = after.split_once(");").expect("the end of a statement");
-        out.push_str(before);
-        out.push_str(&call(statement));
-        rest = tail;
-    }
-    out + rest
 }
 
 /// A call for `volatile("code" : "=f"(result.i_0), .. : "r"(v1), .. : "memory"`: its operands are in this order too.

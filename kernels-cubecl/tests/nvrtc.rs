@@ -125,8 +125,8 @@ fn attention_multiplies_on_tensor_cores_from_one_copy_of_the_cache() {
     for compiled in compile(name) {
         // Rows and positions of a cube, and warps: each has sixteen rows and its part of the positions for scores, all
         // rows and its part of 512 channels for sums.
-        let shape = between(&compiled.source.name, "cores ", ",");
-        let [rows, keys, _] = sizes(shape);
+        let shape = compiled.source.name.split([' ', ',']).nth(3);
+        let [rows, keys, _] = sizes(shape.expect("a shape in the name"));
         let warps = compiled.source.units as usize / 32;
         let own_keys = keys / (warps / (rows / 16));
         let (own_channels, together) = (512 / warps, 4);
@@ -230,12 +230,6 @@ fn compile(wanted: impl Fn(&str) -> bool) -> Vec<Compiled<'static>> {
         "no kernel has the name that was asked for"
     );
     compiled
-}
-
-#[track_caller]
-fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
-    let rest = text.split_once(before).expect("what comes before").1;
-    rest.split_once(after).expect("what comes after").0
 }
 
 /// `64x64x2`

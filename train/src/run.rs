@@ -382,16 +382,16 @@ pub(crate) fn lead<M: Trained>(
         .with_metric_logger(InMemoryMetricLogger::new())
         .with_application_logger(None)
         .with_interrupter(options.interrupter)
-        .num_epochs(stretches);
+        .num_epochs(stretches)
+        // Where the display goes on; without checkpointers Burn loads nothing.
+        .checkpoint((plan.done / config.validation.interval) as usize);
     for measure in Measure::of_training() {
         burn = burn.metric_train_numeric(measure);
     }
     for measure in Measure::of_validation() {
         burn = burn.metric_valid_numeric(measure);
     }
-    if let Some(mut renderer) = options.renderer {
-        let starting = (plan.done / config.validation.interval) as usize + 1;
-        renderer.start(stretches, starting, None, None);
+    if let Some(renderer) = options.renderer {
         burn = burn.renderer(renderer);
     }
     let result = burn.launch(training.learner);

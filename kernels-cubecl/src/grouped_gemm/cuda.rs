@@ -25,11 +25,7 @@ pub(crate) fn sources(kernels: &mut Kernels) -> Result<(), CompilationError> {
             segment_matmul_weight_grad::SegmentMatmulWeightGrad::new(s, d, t, b(), b(), b(), b(), (), (), element)
         })?;
     }
-    let launch = Launch {
-        architectures: EVERY,
-        cube: CubeDim::new_1d(tensor_cores::UNITS as u32),
-        mode: ExecutionMode::Unchecked,
-    };
+    let launch = Launch::unchecked(EVERY, tensor_cores::UNITS as u32);
     for (name, transposed) in [("forward", false), ("input grad", true)] {
         kernels.add(format!("grouped tensor cores, {name}"), launch, |s, d, t| {
             segment_matmul_bf16::SegmentMatmulBf16::new(s, d, t, b(), b(), b(), b(), (), (), transposed)

@@ -19,12 +19,8 @@ use super::{GroupedGemmGrad, GroupedGemmOps, kernel, tensor_cores};
 use crate::{
     cube::{CubeTensor, address, contiguous, elem, empty},
     flex::dims,
-    fp8::capability,
-    warp::CHUNK,
+    warp::{self, CHUNK},
 };
-
-/// Bytes of a copy to shared memory, which starts at a multiple of them.
-const COPY: u64 = 16;
 
 impl GroupedGemmOps for Cube {
     fn segment_matmul(
@@ -58,12 +54,7 @@ impl GroupedGemmGrad for Cube {
         let out = empty(&x, shape, x.dtype);
         let (client, dtype) = (x.client.clone(), elem(&x));
         let (x, grad) = (contiguous(x), contiguous(grad));
-        let tensor_cores = on_tensor_cores([&x, &grad], [height, width]);
-        let tile = if tensor_cores {
-            tensor_cores::TILE
-        } else {
-            kernel::TILE
-        };
+        let (tensor_cores, tile) = kernel_for([&x, &grad], [height, width]);
         let bounds = bounds(counts, rows, tile);
         let count = CubeCount::Static(tiles(width, tile), tiles(height, tile), experts as u32);
         let address = address(&[&x, &grad, &out]);
@@ -120,12 +111,7 @@ fn by_segment(
     let out = empty(&x, shape, x.dtype);
     let (client, dtype) = (x.client.clone(), elem(&x));
     let (x, weights) = (contiguous(x), contiguous(weights));
-    let tensor_cores = on_tensor_cores([&x, &weights], [inner, width]);
-    let tile = if tensor_cores {
-        tensor_cores::TILE
-    } else {
-        kernel::TILE
-    };
+    let (tensor_cores, tile) = kernel_for([&x, &weights], [inner, width]);
     let bounds = bounds(counts, rows, tile);
     // Each segment, and the rows behind the last, may have one tile that is not full.
     let count = CubeCount::Static(tiles(rows, tile) + experts as u32, tiles(width, tile), 1);
@@ -167,13 +153,13 @@ fn by_segment(
     out
 }
 
-/// Whether tensor cores multiply: bf16 on a CUDA device that has them for it, where rows are whole copies of 16 bytes.
-fn on_tensor_cores(operands: [&CubeTensor; 2], widths: [usize; 2]) -> bool {
-    operands.into_iter().all(|operand| {
-        operand.dtype == DType::BF16
-            && (operand.handle.offset_start.unwrap_or(0)).is_multiple_of(COPY)
-            && capability(&operand.client).is_some_and(|capability| capability >= 80)
-    }) && widths.into_iter().all(|width| width.is_multiple_of(CHUNK))
+/// Whether tensor cores multiply, which take rows of whole copies, and the rows of a tile of the kernel that does.
+fn kernel_for(operands: [&CubeTensor; 2], widths: [usize; 2]) -> (bool, usize) {
+    let whole = widths.iter().all(|width| width.is_multiple_of(CHUNK));
+    match whole && warp::serve(&operands) {
+        true => (true, tensor_cores::TILE),
+        false => (false, kernel::TILE),
+    }
 }
 
 /// Where the segments of `rows` rows start, in rows and in tiles of `tile` rows.

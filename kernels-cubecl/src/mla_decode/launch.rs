@@ -19,7 +19,7 @@ use super::{
 use crate::{
     cube::{CubeTensor, address, contiguous, elem, empty, grid},
     flex::dims,
-    fp8::capability,
+    warp,
 };
 
 /// Cubes that keep a large GPU busy: some four on each multiprocessor.
@@ -29,8 +29,6 @@ const CUBES: usize = 512;
 const BESIDE: usize = 3;
 /// Units of a cube that has all registers that a unit may have: a multiprocessor has as many for all of its cubes.
 const UNITS_AT_ONCE: usize = 256;
-/// What copies to shared memory start at multiples of.
-const ALIGNMENT: u64 = 16;
 
 /// The operands, of sizes that fit each other and are not zero.
 pub(super) struct Inputs {
@@ -83,17 +81,9 @@ impl Inputs {
             latent,
             rope,
         };
-        let operands = [&self.q_latent, &self.q_pe, &self.c_kv, &self.k_pe];
-        let aligned = |tensor: &CubeTensor| {
-            let start = tensor.handle.offset_start.unwrap_or(0);
-            start.is_multiple_of(ALIGNMENT)
-        };
-        let client = &self.q_latent.client;
-        let hardware = &client.properties().hardware;
+        let tensor_cores = warp::serve(&[&self.q_latent, &self.q_pe, &self.c_kv, &self.k_pe]);
+        let hardware = &self.q_latent.client.properties().hardware;
         let memory = hardware.max_shared_memory_size;
-        let tensor_cores = self.q_latent.dtype == DType::BF16
-            && capability(client).is_some_and(|capability| capability >= 80)
-            && operands.into_iter().all(aligned);
         let rows = queries * heads;
         match Shape::of(widths, rows, memory).filter(|_| tensor_cores) {
             Some(shape) => {

@@ -4,7 +4,7 @@
 use burn::tensor::bf16;
 use cubecl::{
     CompilationError,
-    prelude::{CubeDim, ElemType, ExecutionMode, Scalar},
+    prelude::{ElemType, Scalar},
 };
 
 use super::{
@@ -35,11 +35,7 @@ const SMALL: [Widths; 2] = [
 
 /// The programs of these kernels.
 pub(crate) fn sources(kernels: &mut Kernels) -> Result<(), CompilationError> {
-    let launch = Launch {
-        architectures: EVERY,
-        cube: CubeDim::new_1d(kernel::UNITS as u32),
-        mode: ExecutionMode::Unchecked,
-    };
+    let launch = Launch::unchecked(EVERY, kernel::UNITS as u32);
     let (float, int) = (bf16::elem_type_native(), i32::elem_type_native());
     kernels.add("mla attend bf16", launch, |settings, device, target| {
         kernel::attend::Attend::new(
@@ -95,11 +91,7 @@ fn attend(
     shape: Shape,
     architectures: &'static [&'static str],
 ) -> Result<(), CompilationError> {
-    let launch = Launch {
-        architectures,
-        cube: CubeDim::new_1d(shape.units as u32),
-        mode: ExecutionMode::Unchecked,
-    };
+    let launch = Launch::unchecked(architectures, shape.units as u32);
     let Shape {
         rows, keys, stages, ..
     } = shape;
@@ -129,11 +121,7 @@ fn attend(
 }
 
 fn merge(kernels: &mut Kernels, widths: Widths) -> Result<(), CompilationError> {
-    let launch = Launch {
-        architectures: EVERY,
-        cube: CubeDim::new_1d(kernel::UNITS as u32),
-        mode: ExecutionMode::Unchecked,
-    };
+    let launch = Launch::unchecked(EVERY, kernel::UNITS as u32);
     let (float, int) = (bf16::elem_type_native(), i32::elem_type_native());
     let name = format!("mla merge bf16, {}", of(widths));
     kernels.add(name, launch, |settings, device, target| {

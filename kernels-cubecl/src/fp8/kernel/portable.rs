@@ -10,6 +10,7 @@
 use cubecl::prelude::*;
 
 use super::TILE;
+use crate::warp::{commit_copies, wait_for_all_copies_but_the_last_group};
 
 /// Rows and columns of the result of a cube.
 pub(crate) const CUBE_TILE: u32 = 128;
@@ -322,16 +323,6 @@ fn copy_tile(
             );
         }
     }
-}
-
-#[cube]
-fn commit_copies() {
-    gpu_asm!("cp.async.commit_group;");
-}
-
-#[cube]
-fn wait_for_all_copies_but_the_last_group() {
-    gpu_asm!("cp.async.wait_group 1;");
 }
 
 /// Four matrices of eight rows of 16 bytes; a unit's `from` is the row that it addresses.

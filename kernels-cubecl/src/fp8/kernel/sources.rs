@@ -4,7 +4,7 @@
 use burn::tensor::bf16;
 use cubecl::{
     CompilationError,
-    prelude::{CubeDim, ExecutionMode, Float, Scalar},
+    prelude::{CubeDim, Float, Scalar},
 };
 
 use super::{grouped, hopper, portable, quantize::*};
@@ -46,11 +46,7 @@ macro_rules! add {
     ($kernels:ident, $name:expr, $on:expr, $units:expr, $kernel:ty, [$($argument:expr),* $(,)?]) => {
         $kernels.add(
             $name,
-            Launch {
-                architectures: $on,
-                cube: CubeDim::new_1d($units),
-                mode: ExecutionMode::Unchecked,
-            },
+            Launch::unchecked($on, $units),
             |settings, device, target| <$kernel>::new(settings, device, target, $($argument),*),
         )
     };
