@@ -347,9 +347,7 @@ fn lower_precisions_resume_bit_for_bit_with_smaller_moments() {
     );
 }
 
-/// What differs between devices is the order of sums, which turns few of the roundings to BF16 and FP8: far fewer than all
-/// of them, by which the precisions differ. Half of their distance, over three steps, is more than an update by the signs
-/// of small gradients makes of it, and less than a part that is computed in another precision does.
+/// That devices compute a precision alike is shown in tests/precision.rs: here, that a run does.
 #[cfg(feature = "wgpu")]
 #[test]
 fn three_steps_on_wgpu_are_those_on_the_cpu() {
@@ -367,20 +365,13 @@ fn three_steps_on_wgpu_are_those_on_the_cpu() {
         losses.collect::<Vec<_>>()
     };
     let wgpu = || Device::wgpu(burn::tensor::DeviceKind::DefaultDevice);
-    let distance = |one: &[f64], other: &[f64]| {
-        let differences = one
-            .iter()
-            .zip(other)
-            .map(|(one, other)| (one - other).abs());
-        differences.sum::<f64>()
-    };
-    let single = losses("cpu", "fp32", Device::flex());
-    for precision in ["bf16", "fp8"] {
+    for precision in ["fp32", "bf16", "fp8"] {
         let cpu = losses("cpu", precision, Device::flex());
         let found = losses("wgpu", precision, wgpu());
+        let close = |(one, other): (&f64, &f64)| (one / other - 1.0).abs() < 1e-4;
         assert!(
-            distance(&found, &cpu) < 0.5 * distance(&cpu, &single),
-            "{precision}: {found:?} on wgpu, {cpu:?} on the CPU, where fp32 has {single:?}"
+            found.len() == 3 && found.iter().zip(&cpu).all(close),
+            "{precision}: {found:?} on wgpu, {cpu:?} on the CPU"
         );
     }
 }

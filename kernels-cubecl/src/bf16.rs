@@ -1,6 +1,7 @@
 //! Rounding to BF16 and back, for layers that compute in BF16 with sums in single precision on any device.
 //!
-//! Native on Flex for f32. Memory bound: under gradient checkpointing the backward pass rounds again.
+//! Native on Flex and on CubeCL devices for f32, whether or not the device has the type. Memory bound: under gradient
+//! checkpointing the backward pass rounds again.
 
 use std::marker::PhantomData;
 
@@ -19,11 +20,11 @@ use burn::{
         backend_extension,
         tensor::FloatTensor,
     },
-    tensor::{DType, Tensor},
+    tensor::{DType, Device, Tensor},
 };
 
 use crate::{
-    flex::{contiguous, elements, float_tensor, is_native_f32},
+    flex::{contiguous, elements, float_tensor},
     parts::by_parts,
     vector::vectorized,
     weight_grad,
@@ -53,7 +54,11 @@ pub fn rounded_weight<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x + difference
 }
 
-#[backend_extension(Flex, Autodiff)]
+fn is_native_f32(device: &Device, dtype: DType) -> bool {
+    crate::flex::is_native_f32(device, dtype) || crate::cube::is_native_f32(device, dtype)
+}
+
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
 pub(crate) trait Bf16Ops: burn::backend::Backend {
     fn round_bf16(x: FloatTensor<Self>, gradient: bool) -> FloatTensor<Self>;
 }
@@ -82,6 +87,50 @@ pub(crate) fn round(value: f32) -> f32 {
     let bits = value.to_bits();
     let rounded = f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000);
     if value.is_nan() { value } else { rounded }
+}
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod on_cube {
+    use burn::{
+        backend::{Cube, TensorMetadata, tensor::FloatTensor},
+        tensor::DType,
+    };
+    use cubecl::prelude::*;
+
+    use super::Bf16Ops;
+    use crate::cube::{address, contiguous, empty};
+
+    /// [`super::round`] of every element, by its bits: most shading languages have no BF16.
+    #[cube(launch, address_type = "dynamic")]
+    fn round(x: &[f32], out: &mut [f32]) {
+        if ABSOLUTE_POS < out.len() {
+            let bits = u32::reinterpret(x[ABSOLUTE_POS]);
+            let rounded = (bits + 0x7fffu32 + ((bits >> 16u32) & 1u32)) & 0xffff_0000u32;
+            let is_nan = bits & 0x7fff_ffffu32 > 0x7f80_0000u32;
+            out[ABSOLUTE_POS] = f32::reinterpret(select(is_nan, bits, rounded));
+        }
+    }
+
+    impl Bf16Ops for Cube {
+        fn round_bf16(x: FloatTensor<Self>, _: bool) -> FloatTensor<Self> {
+            let x = contiguous(x);
+            let out = empty(&x, x.shape(), DType::F32);
+            let elements = x.shape().num_elements();
+            if elements > 0 {
+                let dim = CubeDim::new(&x.client, elements);
+                let client = x.client.clone();
+                round::launch(
+                    &client,
+                    cubecl::calculate_cube_count_elemwise(&client, elements, dim),
+                    dim,
+                    address(&[&x, &out]),
+                    x.into_buffer_arg(),
+                    out.clone().into_buffer_arg(),
+                );
+            }
+            out
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -143,7 +192,7 @@ impl<B: Bf16Ops, C: CheckpointStrategy> Bf16Ops for Autodiff<B, C> {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, TensorData, bf16};
+    use burn::tensor::bf16;
 
     use super::*;
 
@@ -164,12 +213,40 @@ mod tests {
 
     #[test]
     fn gradients_of_activations_are_rounded_and_those_of_weights_are_not() {
-        let device = Device::flex().autodiff();
+        gradients_on(&Device::flex().autodiff());
+        let wide = Tensor::<1>::from_data([1.0 + 2f64.powi(-12)], (&Device::flex(), DType::F64));
+        for round in [rounded, rounded_weight] {
+            assert_eq!(round(wide.clone()).into_scalar::<f64>(), 1.0);
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn on_wgpu_every_kind_of_number_is_rounded_as_on_the_cpu() {
+        let device = crate::cube::wgpu();
+        gradients_on(&device.clone().autodiff());
+        // Numbers below the smallest normal one may be zeros there, and nothing is held to NaN's bits.
+        let numbers: Vec<f32> = (0..=u16::MAX)
+            .flat_map(|upper| {
+                [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff]
+                    .map(|lower| f32::from_bits(u32::from(upper) << 16 | lower))
+            })
+            .filter(|number| number.is_normal() || number.is_infinite() || *number == 0.0)
+            .collect();
+        let on = |device| rounded(Tensor::<1>::from_data(&numbers[..], device)).into_data();
+        on(&device).assert_eq(&on(&Device::flex()), true);
+        let nan = rounded(Tensor::<1>::from_data([f32::NAN], &device));
+        assert!(nan.into_scalar::<f32>().is_nan());
+        let none = rounded(Tensor::<2>::zeros([0, 3], &device));
+        assert_eq!(none.dims(), [0, 3]);
+    }
+
+    fn gradients_on(device: &Device) {
         let exact = 1.0 + 2f32.powi(-12);
         let grad = |round: fn(Tensor<1>) -> Tensor<1>| {
-            let x = Tensor::<1>::from_data([exact], &device).require_grad();
+            let x = Tensor::<1>::from_data([exact], device).require_grad();
             let y = round(x.clone());
-            let factor = Tensor::<1>::from_data([exact], &device);
+            let factor = Tensor::<1>::from_data([exact], device);
             let grads = (y.clone() * factor).sum().backward();
             (
                 y.into_scalar::<f32>(),
@@ -178,12 +255,5 @@ mod tests {
         };
         assert_eq!(grad(rounded), (1.0, 1.0));
         assert_eq!(grad(rounded_weight), (1.0, exact));
-        let wide = Tensor::<1>::from_data(
-            TensorData::from([f64::from(exact)]),
-            (&Device::flex(), DType::F64),
-        );
-        for round in [rounded, rounded_weight] {
-            assert_eq!(round(wide.clone()).into_scalar::<f64>(), 1.0);
-        }
     }
 }

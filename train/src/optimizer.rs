@@ -7,7 +7,7 @@ use burn::{
     },
     tensor::{DType, Device, Tensor},
 };
-use deepburn_kernels::adamw;
+use deepburn_kernels::{adamw, bf16::rounded};
 
 use crate::{config::OptimizerConfig, precision::Precision, schedule::LearningRate};
 
@@ -31,6 +31,7 @@ pub fn adamw(config: &OptimizerConfig, precision: Precision) -> ModuleOptimizer 
 struct AdamW {
     /// But for the rate, which is the step's.
     update: adamw::AdamW,
+    /// F32 or BF16; where the device has no tensors of it, its numbers are held in the parameter's type.
     moments: DType,
 }
 
@@ -48,18 +49,27 @@ impl Optimizer for AdamW {
             rate,
             ..self.update
         };
+        let held = if parameter.device().supports_dtype(self.moments) {
+            self.moments
+        } else {
+            parameter.dtype()
+        };
         let (moments, time) = match state {
             Some(AdamWState { momentum }) => {
                 // A record is read in the type of the device's numbers.
                 let moments = [momentum.moment_1, momentum.moment_2];
-                (moments.map(|m| m.cast(self.moments)), momentum.time + 1)
+                (moments.map(|m| m.cast(held)), momentum.time + 1)
             }
             None => {
-                let zeros = gradient.zeros_like().cast(self.moments);
+                let zeros = gradient.zeros_like().cast(held);
                 ([zeros.clone(), zeros], 1)
             }
         };
-        let (parameter, [first, second]) = update.update(parameter, gradient, moments, time);
+        let (parameter, mut moments) = update.update(parameter, gradient, moments, time);
+        if held != self.moments {
+            moments = moments.map(rounded);
+        }
+        let [first, second] = moments;
         let momentum = AdaptiveMomentumState::new(time, first, second);
         (parameter, Some(AdamWState::new(momentum)))
     }

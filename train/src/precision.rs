@@ -26,7 +26,8 @@ use crate::parallel::Wire;
 /// | average of the weights, if one is kept | FP32 | FP32 | FP32 |
 ///
 /// BF16 and FP8 are numbers of these types on every device; where a kernel needs them in single precision, as on the
-/// CPU, they are stored so. AdamW's moments are stored in the type that the table says.
+/// CPU, they are stored so. AdamW's moments are stored in the type that the table says where the device has it, as all but
+/// those of wgpu do.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
