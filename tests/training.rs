@@ -347,7 +347,8 @@ fn lower_precisions_resume_bit_for_bit_with_smaller_moments() {
     );
 }
 
-/// That devices compute a precision alike is shown in tests/precision.rs: here, that a run does.
+/// That devices compute a precision alike is shown in tests/precision.rs: here, that a run does, resumed after its second
+/// step.
 #[cfg(feature = "wgpu")]
 #[test]
 fn three_steps_on_wgpu_are_those_on_the_cpu() {
@@ -355,8 +356,16 @@ fn three_steps_on_wgpu_are_those_on_the_cpu() {
     let losses = |name: &str, precision: &str, device: Device| {
         let directory = format!("run.directory={}/{name}-{precision}", dir.path().display());
         let precision = format!("precision={precision}");
-        let config = small_run(dir.path(), &["run.steps=3", &precision, &directory]);
-        start_on(device, &config, false, Interrupter::new()).unwrap();
+        let set = [
+            "run.steps=3",
+            "checkpoint.interval=2",
+            &precision,
+            &directory,
+        ];
+        let config = small_run(dir.path(), &set);
+        start_on(device.clone(), &config, false, Interrupter::new()).unwrap();
+        std::fs::remove_dir_all(config.run.directory.join("checkpoints/step-00000003")).unwrap();
+        start_on(device, &config, true, Interrupter::new()).unwrap();
         let records = lasting(&config.run.directory).into_iter();
         let losses = records.filter_map(|record| match record {
             Record::Train(report) => Some(report.main),

@@ -3,6 +3,7 @@
 use burn::{
     optim::{
         AdamWState, AdaptiveMomentumState, LearningRate as Rate, ModuleOptimizer, Optimizer,
+        RecordState, StateSink, StateSource,
         lr_scheduler::{LrScheduler, LrSchedulerRecord},
     },
     tensor::{DType, Device, Tensor},
@@ -35,16 +36,31 @@ struct AdamW {
     moments: DType,
 }
 
+/// Burn's state of AdamW. Records are read into the host's memory, from where each step takes them to its parameter's
+/// device: Burn reads them into its default device, which need not be there.
+#[derive(Clone)]
+struct State<const D: usize>(AdamWState<D>);
+
+impl<const D: usize> RecordState for State<D> {
+    fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
+        self.0.state_flatten(prefix, out);
+    }
+
+    fn state_unflatten(prefix: &str, source: &mut StateSource, _: &Device) -> Option<Self> {
+        AdamWState::state_unflatten(prefix, source, &Device::flex()).map(Self)
+    }
+}
+
 impl Optimizer for AdamW {
-    type State<const D: usize> = AdamWState<D>;
+    type State<const D: usize> = State<D>;
 
     fn step<const D: usize>(
         &self,
         rate: Rate,
         parameter: Tensor<D>,
         gradient: Tensor<D>,
-        state: Option<AdamWState<D>>,
-    ) -> (Tensor<D>, Option<AdamWState<D>>) {
+        state: Option<State<D>>,
+    ) -> (Tensor<D>, Option<State<D>>) {
         let update = adamw::AdamW {
             rate,
             ..self.update
@@ -55,7 +71,7 @@ impl Optimizer for AdamW {
             parameter.dtype()
         };
         let (moments, time) = match state {
-            Some(AdamWState { momentum }) => {
+            Some(State(AdamWState { momentum })) => {
                 // A record is read in the type of the device's numbers.
                 let moments = [momentum.moment_1, momentum.moment_2];
                 (moments.map(|m| m.cast(held)), momentum.time + 1)
@@ -71,11 +87,11 @@ impl Optimizer for AdamW {
         }
         let [first, second] = moments;
         let momentum = AdaptiveMomentumState::new(time, first, second);
-        (parameter, Some(AdamWState::new(momentum)))
+        (parameter, Some(State(AdamWState::new(momentum))))
     }
 
-    fn to_device<const D: usize>(state: AdamWState<D>, device: &Device) -> AdamWState<D> {
-        AdamWState::new(state.momentum.to_device(device))
+    fn to_device<const D: usize>(state: State<D>, device: &Device) -> State<D> {
+        State(AdamWState::new(state.0.momentum.to_device(device)))
     }
 }
 
