@@ -1,8 +1,13 @@
 //! The processes that `mpirun` or a scheduler has started to train together.
 
-use std::{env, sync::Arc, time::Duration};
+use std::{env, sync::Arc};
 
-use deepburn_train::parallel::Communicator;
+use deepburn_train::{
+    config::{CommunicatorName, ParallelConfig},
+    parallel::Communicator,
+};
+
+use crate::device::DeviceSpec;
 
 /// All of them, as one of them sees them.
 pub(crate) struct Processes {
@@ -12,16 +17,29 @@ pub(crate) struct Processes {
     _session: deepburn_train::parallel::mpi::Session,
 }
 
-/// Joins the others, if there are any. `deadline` is how long they wait for each other while nothing moves.
+/// Joins the others, if there are any.
 ///
 /// # Errors
-/// Several processes where this build has no MPI, or MPI does not start.
-pub(crate) fn join(deadline: Duration) -> anyhow::Result<Option<Processes>> {
-    match number(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"]) {
-        None | Some(1) => Ok(None),
-        Some(count) => Ok(Some(start(count, deadline)?)),
+/// Several processes where this build has no MPI, or MPI does not start; NCCL where it cannot be.
+pub(crate) fn join(
+    parallel: &ParallelConfig,
+    device: DeviceSpec,
+) -> anyhow::Result<Option<Processes>> {
+    let count = number(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"]);
+    let nccl = parallel.communicator == CommunicatorName::Nccl;
+    match (count, device) {
+        (None | Some(1), _) if nccl => {
+            anyhow::bail!("{NCCL}: needs processes, which mpirun or srun start")
+        }
+        (None | Some(1), _) => Ok(None),
+        (Some(_), DeviceSpec::Cpu | DeviceSpec::Wgpu(_)) if nccl => {
+            anyhow::bail!("{NCCL}: needs --device cuda, found {device}")
+        }
+        (Some(count), _) => Ok(Some(start(count, parallel, device)?)),
     }
 }
+
+const NCCL: &str = "parallel.communicator = \"nccl\"";
 
 /// This process's number among those of its node.
 pub(crate) fn local_rank() -> Option<usize> {
@@ -39,9 +57,12 @@ fn number(names: &[&str]) -> Option<usize> {
 }
 
 #[cfg(feature = "mpi")]
-fn start(count: usize, deadline: Duration) -> anyhow::Result<Processes> {
+fn start(count: usize, parallel: &ParallelConfig, device: DeviceSpec) -> anyhow::Result<Processes> {
+    use std::time::Duration;
+
     use deepburn_train::parallel::mpi::{self, MpiOptions};
 
+    let deadline = Duration::from_secs(parallel.deadline);
     let nodes = None;
     let (session, world) = mpi::start(MpiOptions { deadline, nodes })?;
     if world.size() != count {
@@ -51,14 +72,27 @@ fn start(count: usize, deadline: Duration) -> anyhow::Result<Processes> {
             world.size()
         );
     }
+    let world: Arc<dyn Communicator> = match (parallel.communicator, device) {
+        (CommunicatorName::Mpi, _) => Arc::new(world),
+        #[cfg(feature = "nccl")]
+        (CommunicatorName::Nccl, DeviceSpec::Cuda(number)) => {
+            use deepburn_train::parallel::nccl::Nccl;
+
+            let gpu = number.or_else(local_rank).unwrap_or(0);
+            Arc::new(Nccl::new(Box::new(world), gpu, deadline)?)
+        }
+        (CommunicatorName::Nccl, _) => {
+            anyhow::bail!("{NCCL}: this build has no NCCL: build it with --features nccl")
+        }
+    };
     Ok(Processes {
-        world: Arc::new(world),
+        world,
         _session: session,
     })
 }
 
 #[cfg(not(feature = "mpi"))]
-fn start(count: usize, _: Duration) -> anyhow::Result<Processes> {
+fn start(count: usize, _: &ParallelConfig, _: DeviceSpec) -> anyhow::Result<Processes> {
     anyhow::bail!(
         "started as one of {count} processes, and this build has no MPI: build it with --features mpi, or start it without \
          mpirun, when the ranks are threads of one process"

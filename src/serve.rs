@@ -1,6 +1,7 @@
 //! `deepburn serve`: an HTTP server with OpenAI's interface.
 
 use std::{
+    io::IsTerminal,
     net::{IpAddr, TcpListener},
     path::Path,
     process::ExitCode,
@@ -73,6 +74,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
     // The port first: that it is taken should not show only after the weights were read.

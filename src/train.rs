@@ -1,6 +1,6 @@
 //! `deepburn train`: prepares data, trains, and says where the result is.
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc};
 
 use burn::train::{Interrupter, renderer::MetricsRenderer};
 use deepburn_train::{
@@ -40,8 +40,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = TrainConfig::read(&args.config, &args.set)?;
-    let deadline = Duration::from_secs(config.parallel.deadline);
-    let Some(processes) = ranks::join(deadline)? else {
+    let Some(processes) = ranks::join(&config.parallel, args.device)? else {
         let mut progress = Progress::new();
         let prepared = prepare(&config, &mut progress)?;
         return lead(&args, &config, prepared, run::run);

@@ -640,6 +640,22 @@ fn failures_end_with_1_and_name_what_is_wrong() {
     }
 
     contains(
+        &fails(
+            1,
+            &[
+                "train",
+                root()
+                    .join("configs/train/quickstart.toml")
+                    .to_str()
+                    .unwrap(),
+                "--set",
+                "parallel.communicator=nccl",
+            ],
+        ),
+        &["parallel.communicator = \"nccl\": needs processes, which mpirun or srun start"],
+    );
+
+    contains(
         &fails(1, &generate("no/such/place", &[])),
         &["no/such/place: there is no such folder"],
     );

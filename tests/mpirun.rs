@@ -141,6 +141,23 @@ fn the_number_of_processes_has_to_fit() {
     assert!(said.contains(rule), "{said}");
 }
 
+#[test]
+fn nccl_needs_gpus() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    prepared(dir);
+    let Some(mut command) = mpirun() else { return };
+    let set = ["parallel.data=2", "parallel.communicator=nccl"];
+    let config = config(dir, "run", &set);
+    command.args(["-n", "2"]);
+    training(&mut command, &config, &set);
+    let output = command.output().unwrap();
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    let rule = "parallel.communicator = \"nccl\": needs --device cuda, found cpu";
+    assert!(said.contains(rule), "{said}");
+}
+
 /// The processes of a job, found by what they were started with.
 fn processes_of(config: &TrainConfig) -> Vec<u32> {
     let directory = config.run.directory.display().to_string();

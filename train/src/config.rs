@@ -316,6 +316,8 @@ pub struct ParallelConfig {
     /// Whether the two passes of a pair F&B compute on two threads, one while tokens of the other travel to their experts
     /// and back. Nothing to a pipeline of one rank, to schedules without pairs, and to experts that are not divided.
     pub overlap: bool,
+    /// How ranks that are processes exchange what is large. Threads of one process need nothing for it.
+    pub communicator: CommunicatorName,
     /// Seconds that ranks wait for each other while nothing moves before they give up.
     pub deadline: u64,
 }
@@ -331,6 +333,7 @@ impl Default for ParallelConfig {
             layers: None,
             recompute: false,
             overlap: true,
+            communicator: CommunicatorName::Mpi,
             deadline: 600,
         }
     }
@@ -345,6 +348,16 @@ impl ParallelConfig {
             expert: self.expert,
         }
     }
+}
+
+/// What carries bytes between processes.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommunicatorName {
+    /// MPI, which has started them.
+    Mpi,
+    /// NCCL, between their GPUs.
+    Nccl,
 }
 
 /// [`Schedule`] as it is written.

@@ -17,8 +17,9 @@ use std::{
 };
 
 use cudarc::{
-    driver::{CudaContext, CudaSlice, CudaStream, DriverError},
+    driver::{self, CudaContext, CudaSlice, CudaStream, DriverError},
     nccl::{
+        self,
         result::NcclError,
         safe::{Comm, Id, group_end, group_start},
     },
@@ -53,6 +54,22 @@ impl Nccl {
         deadline: Duration,
     ) -> Result<Self, CommError> {
         let rank = control.members()[control.rank()];
+        // SAFETY: both open a library, whose initialisers are NVIDIA's, and close it.
+        let [cuda, nccl] = unsafe {
+            [
+                driver::sys::is_culib_present(),
+                nccl::sys::is_culib_present(),
+            ]
+        };
+        for (there, library) in [(cuda, "libcuda"), (nccl, "libnccl")] {
+            if !there {
+                return Err(CommError::Library {
+                    rank,
+                    call: "dlopen",
+                    message: format!("{library}.so is not among the libraries of this system"),
+                });
+            }
+        }
         let context = CudaContext::new(gpu).map_err(|error| of_cuda(rank, &error))?;
         Self::join(control, &context, deadline, Arc::default())
     }
