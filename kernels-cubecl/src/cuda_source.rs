@@ -50,6 +50,7 @@ pub fn cuda_sources() -> Result<Vec<CudaSource>, CompilationError> {
     crate::grouped_gemm::cuda::sources(&mut kernels)?;
     crate::fp8::kernel::sources(&mut kernels)?;
     crate::mla_decode::sources(&mut kernels)?;
+    crate::compact::cuda::sources(&mut kernels)?;
     Ok(kernels.sources)
 }
 

@@ -49,7 +49,7 @@ pub(super) fn segment_bounds<I: Int>(
 
 /// The last segment whose first tile is not after `tile`: empty ones start with the segment behind them.
 #[cube]
-pub(super) fn segment_of(bounds: &[u32], tile: u32) -> usize {
+pub(crate) fn segment_of(bounds: &[u32], tile: u32) -> usize {
     let experts = bounds.len() / 2 - 2;
     let mut segment = 0;
     let mut after = experts + 1;

@@ -163,7 +163,7 @@ fn kernel_for(operands: [&CubeTensor; 2], widths: [usize; 2]) -> (bool, usize) {
 }
 
 /// Where the segments of `rows` rows start, in rows and in tiles of `tile` rows.
-fn bounds(counts: CubeTensor, rows: usize, tile: usize) -> CubeTensor {
+pub(crate) fn bounds(counts: CubeTensor, rows: usize, tile: usize) -> CubeTensor {
     let counts = contiguous(counts);
     let [experts] = dims(&counts);
     let bounds = empty(&counts, [2, experts + 2], DType::U32);

@@ -5,9 +5,9 @@ mod backward;
 pub(crate) mod cuda;
 pub(crate) mod flex;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-mod kernel;
+pub(crate) mod kernel;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-mod launch;
+pub(crate) mod launch;
 pub(crate) mod reference;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod tensor_cores;
