@@ -20,7 +20,7 @@ pub(crate) struct ModelChoice {
     device: DeviceSpec,
 
     /// How to hold the large matrices: f32, or rounded to bf16 or fp8 for a half or a quarter of the memory and faster
-    /// decoding; on the CPU
+    /// decoding
     #[arg(
         long,
         value_name = "f32|bf16|fp8",

@@ -1,4 +1,4 @@
-//! Training in lower precisions on other devices.
+//! Lower precisions on other devices than the CPU.
 #![cfg(feature = "wgpu")]
 
 use burn::{
@@ -6,7 +6,7 @@ use burn::{
     optim::GradientsParams,
     tensor::{Device, DeviceKind, Int, Tensor, TensorData},
 };
-use deepburn_kernels::fp8::ScaleFormat;
+use deepburn_kernels::{compact::CompactFormat, fp8::ScaleFormat};
 use deepburn_model::{
     attention::AttentionMask, checkpoint::hf_config, projection::Arithmetic,
     transformer::Transformer,
@@ -31,6 +31,30 @@ fn on_wgpu_every_precision_is_that_of_the_cpu() {
             found < 0.1 * apart,
             "{arithmetic:?}: {found:e} apart, where another precision is {apart:e}"
         );
+    }
+}
+
+/// Only weights are rounded, and on both devices alike.
+#[test]
+fn on_wgpu_models_with_held_weights_are_those_of_the_cpu() {
+    let wgpu = Device::wgpu(DeviceKind::DefaultDevice);
+    let logits = |device: &Device, format| {
+        let config = hf_config::parse(include_str!("../configs/model/tiny.json")).unwrap();
+        let model = Transformer::new(&config, 3, device).hold(format).unwrap();
+        let mut cache = model.new_cache();
+        // A prompt, and the token after it, over the cache.
+        [&[5, 9, 2, 7, 7, 1][..], &[3]].map(|tokens| {
+            let tokens = TensorData::new(tokens.to_vec(), [1, tokens.len()]);
+            let tokens = Tensor::<2, Int>::from_data(tokens, device);
+            let hidden = model.forward_cached(tokens, &mut cache).hidden;
+            values(model.logits(hidden))
+        })
+    };
+    for format in [CompactFormat::Bf16, CompactFormat::Fp8] {
+        let [found, cpu] = [&wgpu, &Device::flex()].map(|device| logits(device, format).concat());
+        let furthest = found.iter().zip(&cpu).map(|(a, b)| (a - b).abs());
+        let furthest = furthest.fold(0.0, f32::max);
+        assert!(furthest < 2e-5, "{format:?}: {furthest:e} apart");
     }
 }
 

@@ -10,6 +10,7 @@ use std::{collections::HashMap, env, fs, time::Instant};
 
 use burn::tensor::{DType, Device, DeviceType, Distribution, Int, Tensor};
 use deepburn_kernels::{
+    compact::{CompactFormat, CompactMatrices},
     fp8::{Quantized, ScaleFormat, Tile, native},
     mla_decode::mla_decode,
 };
@@ -28,6 +29,8 @@ const PRODUCTS: [([usize; 3], Tile); 9] = [
 ];
 /// Rows and columns to quantise.
 const MATRICES: [[usize; 2]; 2] = [[4096, 7168], [4096, 2048]];
+/// Matrices that are held: both sizes of an expert's, and the head's.
+const HELD: [[usize; 2]; 3] = [[7168, 2048], [2048, 7168], [7168, 129_280]];
 /// Sequences and positions of each, all of them cached.
 const CACHES: [[usize; 2]; 6] = [
     [1, 4096],
@@ -39,6 +42,7 @@ const CACHES: [[usize; 2]; 6] = [
 ];
 /// Heads, latents and rotated channels of decoding.
 const DECODING: [usize; 3] = [128, 512, 64];
+const NORMAL: Distribution = Distribution::Normal(0.0, 1.0);
 /// Launches per time, and times of which the median counts.
 const LAUNCHES: u32 = 20;
 const TIMES: usize = 7;
@@ -109,6 +113,22 @@ fn main() {
         row("swiglu", 2, swiglu);
     }
 
+    println!("\n| rows times held weights | us | GB/s of the weights |\n|---|---|---|");
+    for [inner, columns] in HELD {
+        for format in [CompactFormat::Bf16, CompactFormat::Fp8] {
+            let weights = Tensor::random([1, inner, columns], NORMAL, &device);
+            let held = CompactMatrices::new(weights, format).expect("single precision");
+            for rows in [1, 8, 64] {
+                let x = Tensor::<2>::random([rows, inner], NORMAL, &device);
+                let time = time(&device, || {
+                    held.linear(x.clone());
+                });
+                let rate = held.bytes() as f64 / time / 1e3;
+                println!("| {rows} x {inner} x {columns}, {format:?} | {time:.1} | {rate:.0} |");
+            }
+        }
+    }
+
     println!(
         "\n| attention of a token, bf16 | us | TFLOP/s | GB/s of the cache |\n|---|---|---|---|"
     );
@@ -139,11 +159,11 @@ fn main() {
 }
 
 fn random4(shape: [usize; 4], device: &Device) -> Tensor<4> {
-    Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), device).cast(DType::BF16)
+    Tensor::<4>::random(shape, NORMAL, device).cast(DType::BF16)
 }
 
 fn random(shape: [usize; 2], device: &Device) -> Tensor<2> {
-    Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), device).cast(DType::BF16)
+    Tensor::<2>::random(shape, NORMAL, device).cast(DType::BF16)
 }
 
 fn quantize(x: Tensor<2>, tile: Tile) -> Quantized {

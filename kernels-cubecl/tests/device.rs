@@ -2,6 +2,7 @@
 
 use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData, Tolerance, bf16};
 use deepburn_kernels::{
+    compact::{CompactFormat, CompactMatrices},
     fp8::{
         self, Quantized, ScaleFormat, TILE, Tile, native,
         tiles::{self, dequantize},
@@ -507,5 +508,35 @@ fn grouped_products_in_bf16_and_their_gradients_are_those_of_the_cpu() {
         let found = run(&device, DType::BF16);
         let expected = run(&Device::flex(), DType::F32);
         assert_eq!(found, expected, "{counts:?}, {rest}, {k} x {n}");
+    }
+}
+
+#[test]
+fn held_weights_multiply_as_on_the_cpu() {
+    let Some(device) = cuda() else { return };
+    let order = |device: &Device| {
+        // Expert 2 has no token.
+        let chosen: Vec<i32> = (0..48).map(|pair| [0, 1, 3, 4, 5][pair % 5]).collect();
+        let chosen = Tensor::<1, Int>::from_data(&chosen[..], device).reshape([24, 2]);
+        Permutation::by_expert(chosen, 6)
+    };
+    let (inner, columns) = (1000, 330);
+    let weights: Vec<f32> = noise(6 * inner * columns, 1).collect();
+    let x: Vec<f32> = noise(48 * inner, 2).collect();
+    let product = |device: &Device, format| {
+        let weights = TensorData::new(weights.clone(), [6, inner, columns]);
+        let held = CompactMatrices::new(Tensor::from_data(weights, device), format);
+        let x = TensorData::new(x.clone(), [48, inner]);
+        let held = held.expect("single precision");
+        let y = held.grouped_linear(Tensor::from_data(x, device), &order(device));
+        (download(y), held.widened().into_data())
+    };
+    for format in [CompactFormat::Bf16, CompactFormat::Fp8] {
+        let (found, numbers) = product(&device, format);
+        let (expected, same) = product(&Device::flex(), format);
+        assert_eq!(numbers, same, "{format:?}");
+        let close = Tolerance::<f32>::rel_abs(1e-4, 1e-3);
+        let rows = |y: Vec<f32>| TensorData::new(y, [48, columns]);
+        rows(found).assert_approx_eq(&rows(expected), close);
     }
 }

@@ -10,7 +10,7 @@ use deepburn_kernels::compact::{CompactFormat, CompactMatrices, NotCompact};
 /// makes again only if it is asked for them.
 ///
 /// # Errors
-/// Weights that are not in single precision on the CPU.
+/// Weights that are not in single precision, or on a device that [`CompactFormat::check`] refuses.
 pub(crate) fn hold<const D: usize>(
     parameter: &mut Param<Tensor<D>>,
     format: CompactFormat,

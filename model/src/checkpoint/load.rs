@@ -67,7 +67,7 @@ pub fn load_parts(
 /// single precision.
 ///
 /// # Errors
-/// As [`load`], and another device than the CPU.
+/// As [`load`], and a device that [`CompactFormat::check`] refuses.
 pub fn load_held(
     dir: &Path,
     device: &Device,
