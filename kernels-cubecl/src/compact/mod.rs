@@ -165,11 +165,12 @@ impl CompactMatrices {
         self.by_segment(x, order.rows.clone(), tokens)
     }
 
-    /// `most` is how many rows a segment may have.
+    /// `most` is how many rows a segment has at most, but for padding; the host, which knows their numbers, does not need it.
     fn by_segment(&self, x: Tensor<2>, counts: Tensor<1, Int>, most: usize) -> Tensor<2> {
         self.check(&x);
         match &self.storage {
             Storage::Panels(panels) => {
+                let _ = most;
                 let counts = counts.into_data();
                 let counts = counts.iter::<i64>().map(|count| count as usize);
                 self.multiply(panels, x, &counts.collect::<Vec<_>>())
