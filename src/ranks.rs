@@ -17,7 +17,7 @@ pub(crate) struct Processes {
     _session: deepburn_train::parallel::mpi::Session,
 }
 
-/// Joins the others, if there are any.
+/// Joins the others, if there are any. `device` is this process's.
 ///
 /// # Errors
 /// Several processes where this build has no MPI, or MPI does not start; NCCL where it cannot be.
@@ -78,8 +78,7 @@ fn start(count: usize, parallel: &ParallelConfig, device: DeviceSpec) -> anyhow:
         (CommunicatorName::Nccl, DeviceSpec::Cuda(number)) => {
             use deepburn_train::parallel::nccl::Nccl;
 
-            let gpu = number.or_else(local_rank).unwrap_or(0);
-            Arc::new(Nccl::new(Box::new(world), gpu, deadline)?)
+            Arc::new(Nccl::new(Box::new(world), number.unwrap_or(0), deadline)?)
         }
         (CommunicatorName::Nccl, _) => {
             anyhow::bail!("{NCCL}: this build has no NCCL: build it with --features nccl")

@@ -38,7 +38,8 @@ pub(crate) struct Args {
     plain: bool,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(mut args: Args) -> anyhow::Result<ExitCode> {
+    args.device = args.device.of_rank(ranks::local_rank());
     let config = TrainConfig::read(&args.config, &args.set)?;
     let Some(processes) = ranks::join(&config.parallel, args.device)? else {
         let mut progress = Progress::new();
@@ -88,7 +89,7 @@ fn lead(
     data: Prepared,
     train: impl FnOnce(&TrainConfig, Prepared, RunOptions) -> Result<RunSummary, TrainError>,
 ) -> anyhow::Result<ExitCode> {
-    let device = args.device.of_rank(ranks::local_rank()).open()?;
+    let device = args.device.open()?;
     let baseline = entropy::split_entropy(&data.valid)?;
     describe(config, baseline);
 
@@ -123,7 +124,7 @@ fn follow(
     let interrupter = Interrupter::new();
     stop_on_ctrl_c(&interrupter, || ())?;
     let options = RunOptions {
-        device: args.device.of_rank(ranks::local_rank()).open()?,
+        device: args.device.open()?,
         resume: args.resume,
         renderer: None,
         interrupter,

@@ -20,10 +20,11 @@ use burn::{
         backend_extension,
         tensor::FloatTensor,
     },
-    tensor::{DType, Device, Tensor},
+    tensor::{DType, Tensor},
 };
 
 use crate::{
+    cube::is_native_f32_or_flex,
     flex::{contiguous, elements, float_tensor},
     parts::by_parts,
     vector::vectorized,
@@ -36,7 +37,7 @@ const CHUNK: usize = 1 << 14;
 /// The numbers of BF16 that are nearest to the elements, the even one of two, in the type of `x`. Its gradient is rounded
 /// the same way: that of an activation.
 pub fn rounded<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if is_native_f32(&x.device(), x.dtype()) {
+    if is_native_f32_or_flex(&x.device(), x.dtype()) {
         return Tensor::from_dispatch(Dispatch::round_bf16(x.into_dispatch(), true));
     }
     let dtype = x.dtype();
@@ -45,17 +46,13 @@ pub fn rounded<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// As [`rounded`] with the gradient as it is: that of a weight, which is summed and kept in single precision.
 pub fn rounded_weight<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if is_native_f32(&x.device(), x.dtype()) {
+    if is_native_f32_or_flex(&x.device(), x.dtype()) {
         return Tensor::from_dispatch(Dispatch::round_bf16(x.into_dispatch(), false));
     }
     let rounded = x.clone().detach().cast(DType::BF16).cast(x.dtype());
     // The difference is exact, and so is the sum.
     let difference = rounded - x.clone().detach();
     x + difference
-}
-
-fn is_native_f32(device: &Device, dtype: DType) -> bool {
-    crate::flex::is_native_f32(device, dtype) || crate::cube::is_native_f32(device, dtype)
 }
 
 #[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
@@ -192,23 +189,26 @@ impl<B: Bf16Ops, C: CheckpointStrategy> Bf16Ops for Autodiff<B, C> {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::bf16;
+    use burn::tensor::{Device, bf16};
 
     use super::*;
 
     #[test]
     fn every_kind_of_number_is_rounded_as_by_the_half_crate() {
-        // All upper halves, with lower halves below, at and above a tie.
-        for upper in 0..=u16::MAX {
-            for lower in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
-                let value = f32::from_bits(u32::from(upper) << 16 | lower);
-                let (found, expected) = (round(value), bf16::from_f32(value).to_f32());
-                assert!(
-                    found == expected || found.is_nan() && expected.is_nan(),
-                    "{value:e}: {found:e}, expected {expected:e}"
-                );
-            }
+        for value in every_kind() {
+            let (found, expected) = (round(value), bf16::from_f32(value).to_f32());
+            assert!(
+                found == expected || found.is_nan() && expected.is_nan(),
+                "{value:e}: {found:e}, expected {expected:e}"
+            );
         }
+    }
+
+    /// All upper halves, with lower halves below, at and above a tie.
+    fn every_kind() -> impl Iterator<Item = f32> {
+        let lower = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let upper = (0..=u16::MAX).map(|upper| u32::from(upper) << 16);
+        upper.flat_map(move |upper| lower.map(|lower| f32::from_bits(upper | lower)))
     }
 
     #[test]
@@ -226,11 +226,7 @@ mod tests {
         let device = crate::cube::wgpu();
         gradients_on(&device.clone().autodiff());
         // Numbers below the smallest normal one may be zeros there, and nothing is held to NaN's bits.
-        let numbers: Vec<f32> = (0..=u16::MAX)
-            .flat_map(|upper| {
-                [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff]
-                    .map(|lower| f32::from_bits(u32::from(upper) << 16 | lower))
-            })
+        let numbers: Vec<f32> = every_kind()
             .filter(|number| number.is_normal() || number.is_infinite() || *number == 0.0)
             .collect();
         let on = |device| rounded(Tensor::<1>::from_data(&numbers[..], device)).into_data();

@@ -24,6 +24,11 @@ pub(crate) fn is_native_f32(device: &Device, dtype: DType) -> bool {
     dtype == DType::F32 && is_cube(device)
 }
 
+/// Whether the versions for single precision serve tensors of `dtype` on `device`, where Flex has one as well.
+pub(crate) fn is_native_f32_or_flex(device: &Device, dtype: DType) -> bool {
+    crate::flex::is_native_f32(device, dtype) || is_native_f32(device, dtype)
+}
+
 /// Whether the kernels that accumulate in single precision serve tensors of `dtype` on `device`.
 pub(crate) fn is_native(device: &Device, dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && is_cube(device)

@@ -316,7 +316,7 @@ pub struct ParallelConfig {
     /// Whether the two passes of a pair F&B compute on two threads, one while tokens of the other travel to their experts
     /// and back. Nothing to a pipeline of one rank, to schedules without pairs, and to experts that are not divided.
     pub overlap: bool,
-    /// How ranks that are processes exchange what is large. Threads of one process need nothing for it.
+    /// What carries bytes between ranks that are processes. Those that are threads of one need nothing for it.
     pub communicator: CommunicatorName,
     /// Seconds that ranks wait for each other while nothing moves before they give up.
     pub deadline: u64,

@@ -6,7 +6,10 @@
 use cubecl::prelude::*;
 
 use super::words::QUAD;
-use crate::{fp8::TILE, grouped_gemm::kernel::segment_of};
+use crate::{
+    fp8::TILE,
+    grouped_gemm::kernel::{rows_of, segment_of, zeros},
+};
 
 /// Units that share the columns.
 const LANES: usize = TILE / QUAD;
@@ -38,9 +41,7 @@ pub(super) fn few_rows_by_segment(
         terminate!();
     }
     let segment = segment_of(bounds, tile);
-    let first = bounds[segment] + (tile - bounds[experts + 2 + segment]) * rows as u32;
-    let first = first as usize;
-    let end = bounds[segment + 1] as usize;
+    let (first, end) = rows_of(bounds, segment, tile, rows);
     let mut sums = zeros(rows * QUAD);
     if segment < experts {
         add_products(
@@ -100,16 +101,6 @@ pub(super) fn widen(
             }
         }
     }
-}
-
-#[cube]
-fn zeros(#[comptime] length: usize) -> Array<f32> {
-    let mut sums = Array::<f32>::new(length);
-    #[unroll]
-    for at in 0..length {
-        sums[at] = 0.0;
-    }
-    sums
 }
 
 /// Adds what this unit has of the products of the rows from `first` on with a matrix.

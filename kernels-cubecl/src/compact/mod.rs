@@ -15,7 +15,7 @@ mod words;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use crate::{cube, flex::is_native_f32, permute::Permutation};
+use crate::{cube, permute::Permutation};
 use panels::Panels;
 
 /// How weights are held.
@@ -37,7 +37,7 @@ impl CompactFormat {
     }
 
     fn check_type(self, device: &Device, dtype: DType) -> Result<(), NotCompact> {
-        if is_native_f32(device, dtype) || cube::is_native_f32(device, dtype) {
+        if cube::is_native_f32_or_flex(device, dtype) {
             return Ok(());
         }
         Err(NotCompact {

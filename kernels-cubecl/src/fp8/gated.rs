@@ -18,7 +18,7 @@ use burn::{
 use super::{
     Fp8Ops, ScaleFormat, Tile,
     grouped::{Fp8GroupedGrad, Fp8GroupedOps},
-    grouped_linear, is_native,
+    grouped_linear, is_native_f32_or_flex,
 };
 use crate::{bf16::rounded, permute::Permutation, swiglu::swiglu};
 
@@ -42,7 +42,7 @@ pub fn gated_grouped_linear(
     bf16: bool,
 ) -> Tensor<2> {
     assert_eq!(gate.dims(), up.dims(), "gate and up have different sizes");
-    if !is_native(&gate.device(), gate.dtype()) {
+    if !is_native_f32_or_flex(&gate.device(), gate.dtype()) {
         let hidden = swiglu(gate, up);
         let hidden = if bf16 { rounded(hidden) } else { hidden };
         return grouped_linear(hidden, weights, order, format);

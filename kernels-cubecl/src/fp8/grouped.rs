@@ -16,7 +16,7 @@ use burn::{
     tensor::{Device, Shape, Slice, Tensor},
 };
 
-use super::{Fp8Ops, ScaleFormat, TILE, Tile, is_native, linear, linear::product};
+use super::{Fp8Ops, ScaleFormat, TILE, Tile, is_native_f32_or_flex, linear, linear::product};
 use crate::{
     flex::dims,
     grouped_gemm::reference::by_segment,
@@ -52,7 +52,7 @@ pub fn grouped_linear(
 ) -> Tensor<2> {
     check(&x, &weights, order);
     let counts = order.rows.clone();
-    if is_native(&x.device(), x.dtype()) {
+    if is_native_f32_or_flex(&x.device(), x.dtype()) {
         return Tensor::from_dispatch(Dispatch::fp8_grouped_linear(
             x.into_dispatch(),
             weights.into_dispatch(),

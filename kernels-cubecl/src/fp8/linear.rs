@@ -19,7 +19,7 @@ use burn::{
     tensor::Tensor,
 };
 
-use super::{Fp8Ops, ScaleFormat, Tile, is_native, matmul_nt, quantize};
+use super::{Fp8Ops, ScaleFormat, Tile, is_native_f32_or_flex, matmul_nt, quantize};
 use crate::weight_grad::{Lift, Weight};
 
 /// `x W` with operands quantised on the way: `x` in rows' tiles, `W` in blocks.
@@ -40,7 +40,7 @@ use crate::weight_grad::{Lift, Weight};
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, format: ScaleFormat) -> Tensor<2> {
     let ([_, inner], [other, _]) = (x.dims(), weight.dims());
     assert_eq!(inner, other, "inner sizes differ");
-    if is_native(&x.device(), x.dtype()) {
+    if is_native_f32_or_flex(&x.device(), x.dtype()) {
         return Tensor::from_dispatch(Dispatch::fp8_linear(
             x.into_dispatch(),
             weight.into_dispatch(),

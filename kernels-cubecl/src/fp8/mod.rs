@@ -32,6 +32,7 @@ use burn::{
     tensor::{DType, Device, Int, Tensor, TensorData},
 };
 
+use crate::cube::is_native_f32_or_flex;
 pub use gated::gated_grouped_linear;
 pub use grouped::{grouped_linear, segment_tile};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
@@ -82,11 +83,6 @@ fn code_dtype(device: &Device) -> DType {
     }
 }
 
-/// Whether the native versions serve tensors of `dtype` on `device`.
-fn is_native(device: &Device, dtype: DType) -> bool {
-    crate::flex::is_native_f32(device, dtype) || crate::cube::is_native_f32(device, dtype)
-}
-
 /// Quantises a matrix.
 ///
 /// A tile's scale is its largest magnitude over 448 ([`Tile::scale`] has the rules for zeros and for the formats); codes
@@ -106,7 +102,7 @@ pub fn quantize(x: Tensor<2>, tile: Tile, format: ScaleFormat) -> Quantized {
         "a matrix without elements has no tiles"
     );
     let x = x.detach();
-    let (codes, scales) = if is_native(&x.device(), x.dtype()) {
+    let (codes, scales) = if is_native_f32_or_flex(&x.device(), x.dtype()) {
         let (codes, scales) = Dispatch::fp8_quantize(x.into_dispatch(), tile, format);
         (Tensor::from_dispatch(codes), Tensor::from_dispatch(scales))
     } else {
@@ -139,7 +135,7 @@ pub fn matmul_nt(a: &Quantized, b: &Quantized) -> Tensor<2> {
         Tile::Row,
         "the left matrix is quantised in rows' tiles"
     );
-    if is_native(&a.scales.device(), a.scales.dtype()) {
+    if is_native_f32_or_flex(&a.scales.device(), a.scales.dtype()) {
         Tensor::from_dispatch(Dispatch::fp8_matmul_nt(
             a.codes.clone().into_dispatch(),
             a.scales.clone().into_dispatch(),

@@ -64,6 +64,19 @@ pub(crate) fn segment_of(bounds: &[u32], tile: u32) -> usize {
     segment
 }
 
+/// The first row of a tile in its segment, and the end of the segment's.
+#[cube]
+pub(crate) fn rows_of(
+    bounds: &[u32],
+    segment: usize,
+    tile: u32,
+    #[comptime] height: usize,
+) -> (usize, usize) {
+    let tiles_before = bounds[bounds.len() / 2 + segment];
+    let first = bounds[segment] + (tile - tiles_before) * height as u32;
+    (first as usize, bounds[segment + 1] as usize)
+}
+
 /// `out_e = x_e W_e`, or `x_e W_e^T` with `transposed`; zero for rows that are no expert's.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn segment_matmul<F: Float>(
@@ -82,14 +95,12 @@ pub(super) fn segment_matmul<F: Float>(
         terminate!();
     }
     let segment = segment_of(bounds, tile);
-    let first = bounds[segment] + (tile - bounds[experts + 2 + segment]) * TILE as u32;
-    let first = first as usize;
-    let end = bounds[segment + 1] as usize;
+    let (first, end) = rows_of(bounds, segment, tile, TILE);
     let first_column = CUBE_POS_Y as usize * TILE;
 
     let mut left = Shared::<[f32]>::new_slice(DEPTH * TILE);
     let mut right = Shared::<[f32]>::new_slice(DEPTH * TILE);
-    let mut sums = zero_sums();
+    let mut sums = zeros(EACH * EACH);
     if segment < experts {
         let matrix = segment * inner * width;
         for depth in range_stepped(0, inner, DEPTH) {
@@ -147,7 +158,7 @@ pub(super) fn segment_matmul_weight_grad<F: Float>(
 
     let mut left = Shared::<[f32]>::new_slice(DEPTH * TILE);
     let mut right = Shared::<[f32]>::new_slice(DEPTH * TILE);
-    let mut sums = zero_sums();
+    let mut sums = zeros(EACH * EACH);
     for depth in range_stepped(start, end, DEPTH) {
         for at in range_stepped(UNIT_POS as usize, DEPTH * TILE, UNITS * UNITS) {
             let k = depth + at / TILE;
@@ -180,10 +191,10 @@ pub(super) fn segment_matmul_weight_grad<F: Float>(
 }
 
 #[cube]
-fn zero_sums() -> Array<f32> {
-    let mut sums = Array::<f32>::new(EACH * EACH);
+pub(crate) fn zeros(#[comptime] length: usize) -> Array<f32> {
+    let mut sums = Array::<f32>::new(length);
     #[unroll]
-    for at in 0..EACH * EACH {
+    for at in 0..length {
         sums[at] = 0.0;
     }
     sums

@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::kernel::segment_of;
+use super::kernel::{rows_of, segment_of};
 use crate::warp::{
     CHUNK, Chunk, Sums, commit_copies, copy_chunk, load_matrices, multiply, pitch, place, rounded,
     shared_rows, wait_for_all_copies_but_the_last_group,
@@ -55,12 +55,12 @@ pub(super) fn segment_matmul_bf16(
         terminate!();
     }
     let segment = segment_of(bounds, tile);
-    let first = bounds[segment] + (tile - bounds[experts + 2 + segment]) * TILE as u32;
+    let (first, end) = rows_of(bounds, segment, tile, TILE);
     let none = segment >= experts;
     let rows = Part {
         width: inner,
-        first: first as usize,
-        end: bounds[segment + 1] as usize,
+        first,
+        end,
         inner: 0usize,
         inner_end: select(none, 0usize, inner),
     };
