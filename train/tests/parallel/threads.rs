@@ -1,6 +1,7 @@
 //! Ranks as threads: what holds for every communicator, and how failures end.
 
 use std::{
+    sync::Barrier,
     thread,
     time::{Duration, Instant},
 };
@@ -46,9 +47,12 @@ fn threads_are_ranks() {
 /// Both send before they receive: nothing buffers, so this hangs, and the error says who waits for what.
 #[test]
 fn a_hang_is_described() {
+    // On a busy machine a thread may begin later than the others' patience lasts.
+    let both = Barrier::new(2);
     let errors = run(&[0, 0, 0], impatient(), |world| match world.rank() {
         2 => Ok(Vec::new()),
         rank => {
+            both.wait();
             send(&world, 1 - rank, &[1])?;
             receive(&world, 1 - rank, 1)
         }
