@@ -240,7 +240,12 @@ fn a_killed_rank_loses_nothing() {
             let _ = std::fs::remove_dir_all(&killed.run.directory);
         }
         let mut child = run(&killed, saved());
-        wait_for(&mut child, || lines_of_metrics(&killed) > before.max(1) + 1);
+        let advanced = || lines_of_metrics(&killed) > before.max(1) + 1;
+        wait_for(&mut child, advanced);
+        if !advanced() {
+            let output = child.wait_with_output().unwrap();
+            panic!("{}", String::from_utf8_lossy(&output.stderr));
+        }
         thread::sleep(Duration::from_millis(11 * round % 40));
         let processes = processes_of(&killed);
         if let Some(&process) = processes.get(round as usize % 4) {
@@ -252,7 +257,8 @@ fn a_killed_rank_loses_nothing() {
             checkpoint::load(&latest(&killed), &Device::flex()).unwrap();
         }
     }
-    assert!(run(&killed, saved()).wait().unwrap().success());
+    let last = run(&killed, saved()).wait_with_output().unwrap();
+    assert!(last.status.success(), "{last:?}");
     assert_eq!(records(&killed), records(&whole));
 }
 

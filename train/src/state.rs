@@ -250,12 +250,17 @@ impl Checkpoints {
     fn tidy_up(&self, path: PathBuf) -> Result<PathBuf, StateError> {
         self.point_latest_to(&path)?;
         let all = self.all();
+        let aside = path.with_file_name(".removed.tmp");
+        let remove = |folder: &Path| match folder.exists() {
+            true => fs::remove_dir_all(folder).map_err(io_error(folder)),
+            false => Ok(()),
+        };
         for old in &all[..all.len().saturating_sub(self.keep)] {
             // Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
-            let aside = old.with_file_name(".removed.tmp");
+            remove(&aside)?;
             fs::rename(old, &aside).map_err(io_error(old))?;
-            fs::remove_dir_all(&aside).map_err(io_error(&aside))?;
         }
+        remove(&aside)?;
         Ok(path)
     }
 
@@ -395,4 +400,24 @@ pub fn check_unchanged(
 pub(crate) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> StateError {
     let path = path.to_owned();
     move |source| StateError::Io { path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a kill amid the removal of an old checkpoint leaves it.
+    #[test]
+    fn what_an_interrupted_removal_left_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path(), 1);
+        let left = dir.path().join("checkpoints/.removed.tmp");
+        fs::create_dir_all(left.join("training")).unwrap();
+        for step in 1..=2 {
+            checkpoints.commit::<StateError>(step, |_| Ok(())).unwrap();
+        }
+        assert!(checkpoints.latest().unwrap().ends_with("step-00000002"));
+        assert_eq!(checkpoints.all().len(), 1);
+        assert!(!left.exists());
+    }
 }
