@@ -30,7 +30,6 @@ use deepburn_train::{
 #[path = "../src/allocator.rs"]
 mod allocator;
 
-const NEW_TOKENS: usize = 128;
 /// Tokens per page of the cache, as in generation.
 const PAGE: usize = 64;
 
@@ -49,6 +48,9 @@ struct Args {
     /// Tokens before those that are decoded
     #[arg(long, default_value_t = 32)]
     context: usize,
+    /// Tokens that are decoded
+    #[arg(long, default_value_t = 128)]
+    new_tokens: usize,
     /// Batches to decode; 0 is none
     #[arg(long, value_delimiter = ',', default_value = "1,8")]
     batches: Vec<usize>,
@@ -98,7 +100,13 @@ fn main() {
             Some(format) => model.hold(format).expect("single precision on the CPU"),
         };
         for &batch in args.batches.iter().filter(|&&batch| batch > 0) {
-            decoding(&config, &model, batch, args.context, &device);
+            decoding(
+                &config,
+                &model,
+                batch,
+                [args.context, args.new_tokens],
+                &device,
+            );
         }
     });
     let memory = memory_stats::memory_stats().map_or(0, |memory| memory.physical_mem);
@@ -183,10 +191,10 @@ fn decoding(
     config: &ModelConfig,
     model: &Transformer,
     batch: usize,
-    context: usize,
+    [context, new_tokens]: [usize; 2],
     device: &Device,
 ) {
-    let room = (context + NEW_TOKENS + 1).div_ceil(PAGE);
+    let room = (context + new_tokens + 1).div_ceil(PAGE);
     let mut rates = Vec::new();
     for run in 0..5 {
         let _awake = awake(device);
@@ -194,7 +202,7 @@ fn decoding(
         let mut next = tokens(config, [1, batch * context], run, device);
         let (mut start, mut length) = (0, context);
         let mut started = Instant::now();
-        for token in 0..=NEW_TOKENS {
+        for token in 0..=new_tokens {
             let spans = (0..batch).map(|sequence| Span {
                 pages: (sequence * room..(sequence + 1) * room)
                     .map(|page| page as u32)
@@ -217,7 +225,7 @@ fn decoding(
                 started = Instant::now();
             }
         }
-        rates.push((batch * NEW_TOKENS) as f64 / started.elapsed().as_secs_f64());
+        rates.push((batch * new_tokens) as f64 / started.elapsed().as_secs_f64());
     }
     println!(
         "decoding after {context} tokens, batch {batch}: {:.0} tokens/s",

@@ -142,7 +142,7 @@ impl AdamWOps for Flex {
     fn squares(x: FlexFloat) -> FlexFloat {
         let x = contiguous(x);
         let chunks = elements::<f32>(&x).par_chunks(CHUNK);
-        let sums = chunks.map(|chunk| f64::from(vectorized(|| sum(chunk, |x| x * x))));
+        let sums = chunks.map(|chunk| f64::from(vectorized!(sum(chunk, |x| x * x))));
         let total: f64 = sums.collect::<Vec<_>>().into_iter().sum();
         float_tensor(vec![total as f32], [1])
     }
@@ -199,7 +199,7 @@ fn one_pass<M: Moment>(
         .zip(elements_mut::<M>(&mut second).par_chunks_mut(CHUNK));
     let tasks = written.zip(elements::<f32>(&gradient).par_chunks(CHUNK));
     tasks.for_each(|(((parameter, first), second), gradient)| {
-        vectorized(|| {
+        vectorized!({
             for i in 0..gradient.len() {
                 let g = gradient[i];
                 let m = first[i].read() * beta_1 + g * (1.0 - beta_1);

@@ -67,7 +67,7 @@ impl Bf16Ops for Flex {
         let values = elements::<f32>(&x);
         let (out, _) = by_parts(values.len(), CHUNK, |part, out: &mut [f32]| {
             let values = &values[part * CHUNK..][..out.len()];
-            vectorized(|| {
+            vectorized!({
                 for (out, &value) in out.iter_mut().zip(values) {
                     *out = round(value);
                 }

@@ -109,7 +109,7 @@ impl CrossEntropyOps for Flex {
             .par_chunks_exact(classes)
             .zip(targets)
             .map(|(row, target)| {
-                vectorized(|| {
+                vectorized!({
                     let (highest, total) = softmax_parts(row);
                     (highest - row[target]) + total.ln()
                 })
@@ -145,7 +145,7 @@ impl CrossEntropyOps for Flex {
                     .zip(logits.chunks_exact(classes))
                     .zip(targets)
                 {
-                    let (highest, total) = vectorized(|| softmax_parts(row));
+                    let (highest, total) = vectorized!(softmax_parts(row));
                     *loss = (highest - row[target]) + total.ln();
                 }
             });
@@ -181,7 +181,7 @@ impl CrossEntropyGrad for Flex {
             .zip(elements::<f32>(&logits).par_chunks_exact(classes))
             .zip(targets)
             .for_each(|((out, row), target)| {
-                vectorized(|| {
+                vectorized!({
                     let (highest, total) = softmax_parts(row);
                     let factor = scale / total;
                     for (out, &logit) in out.iter_mut().zip(row) {
@@ -230,10 +230,10 @@ impl CrossEntropyGrad for Flex {
                 multiply(Matrix::of(x, rows, width), weight, logits, Into::Replace);
                 let examples = losses.iter_mut().zip(logits.chunks_exact_mut(classes));
                 for ((loss, row), &target) in examples.zip(targets) {
-                    let (highest, total) = vectorized(|| softmax_parts(row));
+                    let (highest, total) = vectorized!(softmax_parts(row));
                     *loss = (highest - row[target]) + total.ln();
                     let factor = scale / total;
-                    vectorized(|| {
+                    vectorized!({
                         for logit in &mut *row {
                             *logit = factor * exp(*logit - highest);
                         }

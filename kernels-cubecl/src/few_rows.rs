@@ -49,7 +49,7 @@ fn add<'a, const R: usize, S: Copy>(
         std::array::from_fn(|_| out.next().expect("as many as are left"));
     let inner = x[0].len();
     let row = |k: usize| &weights.elements[k * weights.width..][..weights.width];
-    vectorized(|| {
+    vectorized!({
         let whole = inner / 4 * 4;
         for k in (0..whole).step_by(4) {
             let x = x.map(|x| [x[k], x[k + 1], x[k + 2], x[k + 3]]);

@@ -128,7 +128,7 @@ pub(crate) fn add_product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &m
 }
 
 /// Multiplications that are worth another thread.
-const WORTH: usize = 1 << 18;
+pub(crate) const WORTH: usize = 1 << 18;
 /// Rows up to which a product is as fast as `b` is read, so that threads should not read the same of it.
 const FEW: usize = 16;
 

@@ -143,7 +143,7 @@ impl GroupedSwigluGrad for Flex {
             multiply(x, gate_proj, gated, Into::Replace);
             multiply(x, up_proj, up, Into::Replace);
             let mut hidden_rows = vec![0f32; gated.len()];
-            vectorized(|| gate(gated, up, &mut hidden_rows));
+            vectorized!(gate(gated, up, &mut hidden_rows));
             let hidden_rows = Matrix::of(&hidden_rows, rows.len(), hidden);
             multiply(hidden_rows, down_proj, y, Into::Replace);
         };
@@ -172,8 +172,8 @@ impl GroupedSwigluGrad for Flex {
             multiply(grad, down_proj, &mut d_hidden, Into::Replace);
             let part = rows.start * hidden..rows.end * hidden;
             let (gated, up) = (&gated[part.clone()], &up[part]);
-            vectorized(|| gate(gated, up, hidden_rows));
-            vectorized(|| gate_grad(&d_hidden, gated, up, d_gated, d_up));
+            vectorized!(gate(gated, up, hidden_rows));
+            vectorized!(gate_grad(&d_hidden, gated, up, d_gated, d_up));
             let of_hidden = |values| Matrix::of(values, rows.len(), hidden);
             multiply(of_hidden(&*d_gated), gate_proj, dx, Into::Replace);
             multiply(of_hidden(&*d_up), up_proj, dx, Into::Add);

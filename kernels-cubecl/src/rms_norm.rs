@@ -85,7 +85,7 @@ impl RmsNormOps for Flex {
         let size = ROWS * width;
         let (out, _) = by_parts(x.len(), size, |part, out: &mut [f32]| {
             let x = &x[part * size..][..out.len()];
-            vectorized(|| {
+            vectorized!({
                 for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                     let scale = inverse_rms(x, epsilon);
                     for i in 0..width {
@@ -119,7 +119,7 @@ impl RmsNormGrad for Flex {
         let (grad_x, partial) = by_parts(x.len(), size, |part, grad_x: &mut [f32]| {
             let (grad, x) = (&grad[part * size..], &x[part * size..]);
             let mut grad_weight = vec![0f32; width];
-            vectorized(|| {
+            vectorized!({
                 let rows = grad.chunks_exact(width).zip(x.chunks_exact(width));
                 for (grad_x, (grad, x)) in grad_x.chunks_exact_mut(width).zip(rows) {
                     let scale = inverse_rms(x, epsilon);

@@ -59,7 +59,7 @@ impl SwigluOps for Flex {
         let (gate, up) = (elements::<f32>(&gate), elements::<f32>(&up));
         let (out, _) = by_parts(gate.len(), CHUNK, |part, out: &mut [f32]| {
             let part = part * CHUNK..part * CHUNK + out.len();
-            vectorized(|| self::gate(&gate[part.clone()], &up[part], out));
+            vectorized!(self::gate(&gate[part.clone()], &up[part.clone()], out));
         });
         float_tensor(out, shape)
     }
@@ -81,7 +81,7 @@ impl SwigluGrad for Flex {
         let fill = |part: usize, grad_gate: &mut [f32], grad_up: &mut [f32]| {
             let part = part * CHUNK..part * CHUNK + grad_up.len();
             let (grad, gate, up) = (&grad[part.clone()], &gate[part.clone()], &up[part]);
-            vectorized(|| gate_grad(grad, gate, up, grad_gate, grad_up));
+            vectorized!(gate_grad(grad, gate, up, grad_gate, grad_up));
         };
         let [grad_gate, grad_up] = two_by_parts(gate.len(), CHUNK, fill);
         (

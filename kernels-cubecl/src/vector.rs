@@ -1,9 +1,31 @@
 //! Elementwise arithmetic on the CPU in the widest vectors that the processor has.
 
-/// Runs a loop compiled for the widest vectors of this processor. What it calls must be inlined into it.
-#[inline(always)]
-pub(crate) fn vectorized<R>(body: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(body)
+use pulp::NullaryFnOnce;
+
+/// Runs an expression compiled for the widest vectors of this processor. What it calls must be inlined into it: what is not
+/// has the vectors of the oldest one.
+macro_rules! vectorized {
+    ($body:expr) => {
+        pulp::Arch::new().dispatch($crate::vector::Loop(
+            #[inline(always)]
+            || $body,
+        ))
+    };
+}
+
+pub(crate) use vectorized;
+
+/// The expression of [`vectorized`]. A large closure is inlined into none of its callers, of which there is one for each kind of
+/// vectors, unless it says so; and not if it is called as one that can be called once.
+pub(crate) struct Loop<F>(pub(crate) F);
+
+impl<R, F: FnMut() -> R> NullaryFnOnce for Loop<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn call(mut self) -> R {
+        (self.0)()
+    }
 }
 
 /// `e^x` to 2 units in the last place, 0 below -87. Branchless, so that loops over it become vector code.

@@ -63,8 +63,8 @@ impl AttentionGrad for Flex {
                 multiply(q, k.transposed(), scores, Into::Replace);
                 for (row, query) in scores.chunks_exact_mut(keys).zip(block.clone()) {
                     let seen = all.visible(head, query);
-                    normalisers[query] = vectorized(|| log_sum_exp(&row[seen.clone()]));
-                    vectorized(|| probabilities(row, seen, normalisers[query]));
+                    normalisers[query] = vectorized!(log_sum_exp(&row[seen.clone()]));
+                    vectorized!(probabilities(row, seen.clone(), normalisers[query]));
                 }
                 let out = &mut out[block.start * value..block.end * value];
                 let scores = Matrix::of(scores, block.len(), keys);
@@ -118,8 +118,8 @@ impl AttentionGrad for Flex {
                 let both = p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys));
                 for ((p, ds), query) in both.zip(block.clone()) {
                     let seen = all.visible(head, query);
-                    vectorized(|| {
-                        probabilities(p, seen, normalisers[query]);
+                    vectorized!({
+                        probabilities(p, seen.clone(), normalisers[query]);
                         let mean = dot(p, ds);
                         for (ds, &p) in ds.iter_mut().zip(&*p) {
                             *ds = p * (*ds - mean);

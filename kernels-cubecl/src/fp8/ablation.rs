@@ -271,7 +271,7 @@ fn short_sums(a: &[f32], b: &[f32], inner: usize) -> Vec<f32> {
             let a = Matrix::strided(&a[start..], a.len() / inner, length, inner);
             let b = Matrix::strided(&b[start..], columns, length, inner);
             multiply(a, b.transposed(), &mut partial, Into::Replace);
-            vectorized(|| {
+            vectorized!({
                 for (sum, partial) in out.iter_mut().zip(&partial) {
                     *sum = cut(*sum + partial);
                 }

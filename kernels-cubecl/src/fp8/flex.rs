@@ -83,7 +83,7 @@ impl Fp8Ops for Flex {
                 let rows = out.chunks_mut(columns).zip(partial.chunks(columns));
                 for (row, (out, partial)) in rows.enumerate() {
                     let a_scale = a_scales[(first + row) * tiles + tile];
-                    vectorized(|| {
+                    vectorized!({
                         for ((out, &partial), &b_scale) in out.iter_mut().zip(partial).zip(b_scales)
                         {
                             *out += partial * a_scale * b_scale;

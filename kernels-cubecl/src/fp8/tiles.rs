@@ -95,7 +95,7 @@ pub fn scales(values: &[f32], columns: usize, tile: Tile, format: ScaleFormat) -
         scales.resize(start + across, 0f32);
         for row in rows.chunks(columns) {
             for (magnitude, tile) in scales[start..].iter_mut().zip(row.chunks(TILE)) {
-                *magnitude = largest(&[*magnitude, vectorized(|| largest(tile))]);
+                *magnitude = largest(&[*magnitude, vectorized!(largest(tile))]);
             }
         }
         for scale in &mut scales[start..] {
@@ -141,7 +141,7 @@ pub(super) fn by_tile<A, B>(
     for (row, elements) in elements.chunks(columns).enumerate() {
         let scales = &scales[row / down * across..][..across];
         for (tile, &scale) in elements.chunks(TILE).zip(scales) {
-            vectorized(|| converted.extend(tile.iter().map(|element| convert(element, scale))));
+            vectorized!(converted.extend(tile.iter().map(|element| convert(element, scale))));
         }
     }
     converted

@@ -1,4 +1,8 @@
-//! Attention over pages on the CPU: groups of heads side by side on the threads, each page read where it is.
+//! Attention over pages on the CPU: parts of the rows and of the positions side by side on the threads, each page read
+//! where it is.
+//!
+//! Scores are kept position by position, `[positions, lanes]`, where lanes are the rows and what fills a vector: so no product
+//! needs a copy of its factors, transposed or with gaps filled.
 
 use std::ops::Range;
 
@@ -8,13 +12,17 @@ use rayon::prelude::*;
 use super::{Layout, Sizes, Span};
 use crate::{
     flex::{FlexFloat, contiguous, elements, float_tensor},
-    gemm::{Into, Matrix, multiply},
-    vector::{self, exp, max, vectorized},
+    gemm::{Into, Matrix, WORTH, multiply},
+    vector::{exp, vectorized},
 };
 
-/// Rows (queries of heads) that a task computes: enough for products of matrices, few enough that their scores stay in
+/// Rows (queries of heads) that are computed together: they share what is read of the cache, and their scores stay in
 /// cache.
 const ROWS: usize = 64;
+/// Numbers of a vector.
+const LANES: usize = 16;
+/// Positions whose attention a task computes, in whole pages. Results of such pieces are put together in order.
+const PIECE: usize = 512;
 
 /// See [`super::mla_paged`].
 pub(super) fn mla_paged(
@@ -66,11 +74,16 @@ struct Part<'a> {
 }
 
 fn parts(layout: &Layout, heads: usize) -> impl Iterator<Item = Part<'_>> {
-    let share = heads.div_ceil(rayon::current_num_threads());
+    let threads = rayon::current_num_threads();
     let mut first_row = 0;
     layout.spans.iter().flat_map(move |span| {
         let start = first_row;
         first_row += span.length;
+        // A few positions give the threads no pieces to share; then they share the heads.
+        let share = match span.end().div_ceil(PIECE) < threads {
+            true => heads.div_ceil(threads),
+            false => heads,
+        };
         let several = (ROWS / span.length).clamp(1, share);
         pieces(heads, several).flat_map(move |heads| {
             pieces(span.length, ROWS).map(move |queries| Part {
@@ -81,6 +94,26 @@ fn parts(layout: &Layout, heads: usize) -> impl Iterator<Item = Part<'_>> {
             })
         })
     })
+}
+
+impl Part<'_> {
+    fn rows(&self) -> usize {
+        self.heads.len() * self.queries.len()
+    }
+
+    fn lanes(&self) -> usize {
+        self.rows().next_multiple_of(LANES)
+    }
+
+    /// The positions that a row sees.
+    fn seen(&self, row: usize) -> usize {
+        self.span.start + self.queries.start + row % self.queries.len() + 1
+    }
+
+    /// The positions that the last row sees.
+    fn end(&self) -> usize {
+        self.span.start + self.queries.end
+    }
 }
 
 fn pieces(length: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
@@ -97,111 +130,128 @@ struct Inputs<'a> {
     sizes: Sizes,
 }
 
+/// Attention of some rows to some positions.
+struct Attended {
+    /// The rows' highest scores.
+    highest: Vec<f32>,
+    /// Sums of weights relative to these.
+    sums: Vec<f32>,
+    /// Sums of weighted latents. `[rows, C]`
+    latents: Vec<f32>,
+}
+
+impl Attended {
+    /// Both over one set of positions.
+    fn with(mut self, other: Self) -> Self {
+        let width = self.latents.len() / self.sums.len();
+        let of_rows = self.latents.chunks_exact_mut(width);
+        let others = other.latents.chunks_exact(width);
+        for (row, (latents, others)) in of_rows.zip(others).enumerate() {
+            let highest = self.highest[row].max(other.highest[row]);
+            let [own, its] = [self.highest[row], other.highest[row]].map(|of| exp(of - highest));
+            self.highest[row] = highest;
+            self.sums[row] = own * self.sums[row] + its * other.sums[row];
+            for (own_latent, its_latent) in latents.iter_mut().zip(others) {
+                *own_latent = own * *own_latent + its * its_latent;
+            }
+        }
+        self
+    }
+}
+
 impl Inputs<'_> {
     /// The result of a part, head by head. `[heads, queries, V]`
     fn attend(&self, part: &Part<'_>) -> Vec<f32> {
         let Sizes {
             nope,
-            rope,
             latent,
             value,
             ..
         } = self.sizes;
-        let (queries, rows) = (part.queries.len(), part.heads.len() * part.queries.len());
-        let mut q_latent = vec![0f32; rows * latent];
-        let mut q_pe = vec![0f32; rows * rope];
-        let of_heads = q_latent.chunks_exact_mut(queries * latent);
-        for (head, out) in part.heads.clone().zip(of_heads) {
-            let q = self.queries(self.q_nope, part, head, nope);
-            let w_uk = self.up(head, 0..nope);
-            multiply(q, w_uk.transposed(), out, Into::Replace);
-        }
-        let mut of_rows = q_pe.chunks_exact_mut(rope.max(1));
-        for head in part.heads.clone() {
-            for query in part.queries.clone() {
-                if let Some(out) = of_rows.next() {
-                    let at = self.at(part, query, head) * rope;
-                    out.copy_from_slice(&self.q_pe[at..at + rope]);
-                }
-            }
-        }
-
-        let seen = part.span.start + part.queries.end;
-        let pages = seen.div_ceil(self.page);
-        let (q, q_pe) = (
-            Matrix::of(&q_latent, rows, latent),
-            Matrix::of(&q_pe, rows, rope),
-        );
-        let mut scores = vec![0f32; rows * pages * self.page];
-        let by_page = scores.chunks_exact_mut(rows * self.page);
-        for (page, scores) in (0..pages).zip(by_page) {
-            multiply(
-                q,
-                self.latents(part, page).transposed(),
-                scores,
-                Into::Replace,
-            );
-            if rope > 0 {
-                multiply(q_pe, self.keys(part, page).transposed(), scores, Into::Add);
-            }
-        }
-        let sums = self.softmax(&mut scores, part);
-        let mut attended = vec![0f32; rows * latent];
-        for (page, scores) in scores.chunks_exact(rows * self.page).enumerate() {
-            // A slot that was never written may hold anything, and zero times what is not a number is none.
-            let valid = self.page.min(seen - page * self.page);
-            let weights = Matrix::strided(scores, rows, valid, self.page);
-            let latents = self.latents(part, page).rows(0..valid);
-            multiply(weights, latents, &mut attended, Into::Add);
-        }
-        for (row, sum) in attended.chunks_exact_mut(latent).zip(sums) {
+        let q = self.absorbed(part);
+        let pages_of_piece = (PIECE / self.page).max(1);
+        let pages: Vec<_> = pieces(part.end().div_ceil(self.page), pages_of_piece).collect();
+        let pieces: Vec<_> = pages
+            .into_par_iter()
+            .map(|pages| self.attend_to(part, &q, pages))
+            .collect();
+        let attended = pieces.into_iter().reduce(Attended::with);
+        let Attended {
+            mut latents, sums, ..
+        } = attended.expect("a row sees itself");
+        for (row, sum) in latents.chunks_exact_mut(latent).zip(sums) {
             row.iter_mut().for_each(|x| *x /= sum);
         }
 
-        let mut out = vec![0f32; rows * value];
-        let of_heads = attended.chunks_exact(queries * latent);
-        let results = out.chunks_exact_mut(queries * value);
-        for ((head, attended), out) in part.heads.clone().zip(of_heads).zip(results) {
-            let attended = Matrix::of(attended, queries, latent);
-            multiply(
-                attended,
-                self.up(head, nope..nope + value),
-                out,
-                Into::Replace,
-            );
-        }
+        let queries = part.queries.len();
+        let mut out = vec![0f32; part.rows() * value];
+        out.par_chunks_exact_mut(queries * value)
+            .zip(latents.par_chunks_exact(queries * latent))
+            .zip(part.heads.clone())
+            .with_min_len(WORTH.div_ceil(queries * latent * value))
+            .for_each(|((out, latents), head)| {
+                let latents = Matrix::of(latents, queries, latent);
+                let w_uv = self.up(head, nope..nope + value);
+                multiply(latents, w_uv, out, Into::Replace);
+            });
         out
     }
 
-    /// Scores to weights relative to the row's highest; the sums of weights. What a query does not see has none.
-    fn softmax(&self, scores: &mut [f32], part: &Part<'_>) -> Vec<f32> {
-        let queries = part.queries.len();
-        let rows = part.heads.len() * queries;
-        let sum_of_row = |row: usize| {
-            let seen = part.span.start + part.queries.start + row % queries + 1;
-            let chunk = |page: usize| {
-                let start = (page * rows + row) * self.page;
-                let visible = self.page.min(seen.saturating_sub(page * self.page));
-                (start..start + visible, start + visible..start + self.page)
-            };
-            let pages = scores.len() / (rows * self.page);
-            let highest = (0..pages)
-                .map(|page| vectorized(|| max(&scores[chunk(page).0])))
-                .fold(f32::NEG_INFINITY, f32::max);
-            let mut total = 0.0;
-            for (visible, hidden) in (0..pages).map(chunk) {
-                total += vectorized(|| {
-                    let visible = &mut scores[visible];
-                    for score in &mut *visible {
-                        *score = exp(*score - highest);
-                    }
-                    vector::sum(visible, |weight| weight)
-                });
-                scores[hidden].fill(0.0);
+    /// What the part's rows are multiplied with, the cached entries of positions: `q W_UK` and `q_pe`. `[C + R, lanes]`
+    fn absorbed(&self, part: &Part<'_>) -> Vec<f32> {
+        let Sizes {
+            nope, rope, latent, ..
+        } = self.sizes;
+        let (queries, rows) = (part.queries.len(), part.rows());
+        let mut q_latent = vec![0f32; rows * latent];
+        q_latent
+            .par_chunks_exact_mut(queries * latent)
+            .zip(part.heads.clone())
+            .with_min_len(WORTH.div_ceil(queries * latent * nope))
+            .for_each(|(out, head)| {
+                let q = self.queries(self.q_nope, part, head, nope);
+                let w_uk = self.up(head, 0..nope).transposed();
+                multiply(q, w_uk, out, Into::Replace);
+            });
+        let lanes = part.lanes();
+        let mut q = vec![0f32; (latent + rope) * lanes];
+        for row in 0..rows {
+            let (head, query) = (row / queries, row % queries);
+            let at = self.at(part, part.queries.start + query, part.heads.start + head) * rope;
+            let q_pe = &self.q_pe[at..at + rope];
+            let of_row = q_latent[row * latent..][..latent].iter().chain(q_pe);
+            for (out, x) in q[row..].iter_mut().step_by(lanes).zip(of_row) {
+                *out = *x;
             }
-            total
-        };
-        (0..rows).map(sum_of_row).collect()
+        }
+        q
+    }
+
+    /// Attention of the part's rows to some of the pages.
+    fn attend_to(&self, part: &Part<'_>, q: &[f32], pages: Range<usize>) -> Attended {
+        let Sizes { rope, latent, .. } = self.sizes;
+        let (rows, lanes) = (part.rows(), part.lanes());
+        let q = Matrix::of(q, latent + rope, lanes);
+        let positions = pages.start * self.page..part.end().min(pages.end * self.page);
+        let mut scores = vec![0f32; positions.len() * lanes];
+        let by_page = scores.chunks_mut(self.page * lanes);
+        for (page, scores) in pages.clone().zip(by_page) {
+            let entries = self.entries(part, page, scores.len() / lanes, latent + rope);
+            multiply(entries, q, scores, Into::Replace);
+        }
+        let [highest, sums] = softmax(&mut scores, positions, part);
+        let mut latents = vec![0f32; rows * latent];
+        for (page, scores) in pages.zip(scores.chunks(self.page * lanes)) {
+            let count = scores.len() / lanes;
+            let weights = Matrix::strided(scores, count, rows, lanes).transposed();
+            let entries = self.entries(part, page, count, latent);
+            multiply(weights, entries, &mut latents, Into::Add);
+        }
+        Attended {
+            highest,
+            sums,
+            latents,
+        }
     }
 
     fn at(&self, part: &Part<'_>, query: usize, head: usize) -> usize {
@@ -229,19 +279,81 @@ impl Inputs<'_> {
         Matrix::strided(&self.kv_b[from..], self.sizes.latent, columns.len(), stride)
     }
 
-    /// The latents of a page. `[page, C]`
-    fn latents(&self, part: &Part<'_>, page: usize) -> Matrix<'_, f32> {
-        self.columns(part, page, 0, self.sizes.latent)
-    }
-
-    /// The shared keys of a page. `[page, R]`
-    fn keys(&self, part: &Part<'_>, page: usize) -> Matrix<'_, f32> {
-        self.columns(part, page, self.sizes.latent, self.sizes.rope)
-    }
-
-    fn columns(&self, part: &Part<'_>, page: usize, from: usize, count: usize) -> Matrix<'_, f32> {
+    /// What is cached of the first positions of a page, the first columns of it. A slot that was never written may hold
+    /// anything.
+    fn entries(
+        &self,
+        part: &Part<'_>,
+        page: usize,
+        count: usize,
+        columns: usize,
+    ) -> Matrix<'_, f32> {
         let width = self.sizes.latent + self.sizes.rope;
         let slot = part.span.pages[page] as usize * self.page;
-        Matrix::strided(&self.cache[slot * width + from..], self.page, count, width)
+        Matrix::strided(&self.cache[slot * width..], count, columns, width)
     }
+}
+
+/// Scores of positions, `[positions, lanes]`, to weights relative to the row's highest; these, and the sums of weights.
+/// What a row does not see has none.
+fn softmax(scores: &mut [f32], positions: Range<usize>, part: &Part<'_>) -> [Vec<f32>; 2] {
+    /// Numbers that a loop goes over, at least: whole vectors of several positions.
+    const WIDTH: usize = 64;
+    let (rows, lanes) = (part.rows(), part.lanes());
+    let hidden = part.seen(0).max(positions.start)..positions.end;
+    for position in hidden {
+        let start = (position - positions.start) * lanes;
+        for (row, score) in scores[start..start + rows].iter_mut().enumerate() {
+            if position >= part.seen(row) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
+    let period = WIDTH.next_multiple_of(lanes);
+    let highest = vectorized!(highest(scores, period));
+    let mut highest = by_lane(&highest, lanes, f32::NEG_INFINITY, f32::max);
+    // Where a row sees none of the positions, any number keeps the weights zero.
+    let finite = highest.iter().map(|&of| of.max(f32::MIN));
+    let of_lanes: Vec<f32> = finite.cycle().take(period).collect();
+    let sums = vectorized!(weigh(scores, &of_lanes));
+    let mut sums = by_lane(&sums, lanes, 0.0, |a, b| a + b);
+    highest.truncate(rows);
+    sums.truncate(rows);
+    [highest, sums]
+}
+
+/// The highest of the numbers that are `period` apart.
+#[inline(always)]
+fn highest(scores: &[f32], period: usize) -> Vec<f32> {
+    let mut highest = vec![f32::NEG_INFINITY; period];
+    for scores in scores.chunks(period) {
+        for (highest, &score) in highest.iter_mut().zip(scores) {
+            *highest = if score > *highest { score } else { *highest };
+        }
+    }
+    highest
+}
+
+/// Scores to weights relative to `highest`, which repeats itself; the sums of those that have the same.
+#[inline(always)]
+fn weigh(scores: &mut [f32], highest: &[f32]) -> Vec<f32> {
+    let mut sums = vec![0f32; highest.len()];
+    for scores in scores.chunks_mut(highest.len()) {
+        for (score, (sum, highest)) in scores.iter_mut().zip(sums.iter_mut().zip(highest)) {
+            *score = exp(*score - highest);
+            *sum += *score;
+        }
+    }
+    sums
+}
+
+/// Numbers that are `lanes` apart as one.
+fn by_lane(values: &[f32], lanes: usize, start: f32, combine: fn(f32, f32) -> f32) -> Vec<f32> {
+    let mut of_lanes = vec![start; lanes];
+    for values in values.chunks_exact(lanes) {
+        for (of_lane, &x) in of_lanes.iter_mut().zip(values) {
+            *of_lane = combine(*of_lane, x);
+        }
+    }
+    of_lanes
 }

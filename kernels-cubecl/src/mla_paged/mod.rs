@@ -187,12 +187,27 @@ mod tests {
         }
     }
 
+    /// A chunk and a single step behind more positions than are attended to at a time; the chunk's first rows see none of
+    /// the last ones.
+    fn long() -> Layout {
+        let span = |start, length| Span {
+            pages: (0..393).rev().collect(),
+            start,
+            length,
+        };
+        Layout {
+            page: 4,
+            spans: vec![span(1500, 70), span(1100, 1)],
+        }
+    }
+
     fn inputs(
         device: &Device,
+        layout: &Layout,
         [heads, nope, rope, latent, value]: [usize; 5],
     ) -> ([Tensor<3>; 2], Tensor<2>, Tensor<2>) {
         let random3 = |width| {
-            let shape = [layout().rows(), heads, width];
+            let shape = [layout.rows(), heads, width];
             Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), device)
         };
         let random2 =
@@ -200,17 +215,25 @@ mod tests {
         (
             [random3(nope), random3(rope)],
             random2([latent, heads * (nope + value)]),
-            random2([11 * 4, latent + rope]),
+            random2([slots(layout), latent + rope]),
         )
+    }
+
+    fn slots(layout: &Layout) -> usize {
+        let pages = layout.spans.iter().flat_map(|span| &span.pages);
+        (*pages.max().expect("some") as usize + 1) * layout.page
     }
 
     /// Sums of up to 40 products of numbers around one.
     #[test]
     fn native_agrees_with_reference() {
         let device = Device::flex();
-        for sizes in [[3, 5, 2, 7, 6], [1, 4, 4, 4, 4], [70, 3, 2, 5, 4]] {
-            let (q, kv_b, cache) = inputs(&device, sizes);
-            let layout = layout();
+        let sizes = [[3, 5, 2, 7, 6], [1, 4, 4, 4, 4], [70, 3, 2, 5, 4]];
+        for (layout, sizes) in [layout(), long()]
+            .into_iter()
+            .flat_map(|layout| sizes.map(|sizes| (layout.clone(), sizes)))
+        {
+            let (q, kv_b, cache) = inputs(&device, &layout, sizes);
             let found = mla_paged(q.clone(), kv_b.clone(), cache.clone(), &layout);
             let all = Sizes::of(
                 [q[0].dims(), q[1].dims()],
@@ -228,8 +251,8 @@ mod tests {
     #[test]
     fn a_sequence_alone_gives_the_same_numbers() {
         let device = Device::flex();
-        let (q, kv_b, cache) = inputs(&device, [3, 5, 2, 7, 6]);
         let all = layout();
+        let (q, kv_b, cache) = inputs(&device, &all, [3, 5, 2, 7, 6]);
         let together = mla_paged(q.clone(), kv_b.clone(), cache.clone(), &all);
         let mut row = 0;
         for span in &all.spans {
