@@ -9,9 +9,10 @@ use std::{
     marker::PhantomData,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use burn::tensor::Device;
@@ -28,45 +29,77 @@ thread_local! {
 #[must_use = "threads may sleep again when it is dropped"]
 pub struct Awake {
     /// `None` where nothing is to be done.
-    over: Option<Arc<AtomicBool>>,
+    watch: Option<Arc<Watch>>,
     /// It belongs to the thread that asked for it.
     on_this_thread: PhantomData<*const ()>,
 }
 
+#[derive(Debug, Default)]
+struct Watch {
+    /// Threads that have begun to wait.
+    waiting: AtomicUsize,
+    over: AtomicBool,
+}
+
+/// How long the other threads are waited for: some times what waking one takes.
+const PATIENCE: Duration = Duration::from_micros(500);
+
 /// Keeps the threads of the pool awake, for the length of a step, at the price of their processors' time in between.
 ///
-/// Does nothing if `device` is none of the CPU, on a thread that is not of the pool, where there is no other, and where it
-/// has been called already.
+/// Does nothing if `device` is none of the CPU, on a thread that is not of the pool, where there is no other, where it
+/// has been called already, and if the other threads are busy.
 /// What is computed meanwhile must not wait for other work of the same pool: a thread may take that up in between.
 pub fn awake(device: &Device) -> Awake {
     let threads = rayon::current_num_threads();
     let of_pool = is_flex(device) && rayon::current_thread_index().is_some() && threads > 1;
-    let over = (of_pool && !LEADS.replace(true)).then(Arc::<AtomicBool>::default);
-    if let Some(over) = over.clone() {
-        rayon::spawn_broadcast(move |_| wait(&over));
-    }
-    Awake {
-        over,
+    let mut awake = Awake {
+        watch: None,
         on_this_thread: PhantomData,
+    };
+    if of_pool && !LEADS.replace(true) {
+        let watch = Arc::<Watch>::default();
+        awake.watch = Some(watch.clone());
+        rayon::spawn_broadcast({
+            let watch = watch.clone();
+            move |_| wait(&watch)
+        });
+        // A thread that begins later may do so amid its part of this thread's work, which would then never end.
+        let asked = Instant::now();
+        while watch.waiting.load(Ordering::Relaxed) < threads - 1 {
+            if asked.elapsed() > PATIENCE {
+                awake.end();
+                break;
+            }
+            thread::yield_now();
+        }
     }
+    awake
 }
 
-impl Drop for Awake {
-    fn drop(&mut self) {
-        if let Some(over) = &self.over {
-            over.store(true, Ordering::Relaxed);
+impl Awake {
+    fn end(&mut self) {
+        if let Some(watch) = self.watch.take() {
+            watch.over.store(true, Ordering::Relaxed);
             LEADS.set(false);
         }
     }
 }
 
+impl Drop for Awake {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 /// Does what work there is until it is over.
-fn wait(over: &AtomicBool) {
+fn wait(watch: &Watch) {
     /// How often work is looked for before others get the processor.
     const LOOKS: usize = 16;
-    while !over.load(Ordering::Relaxed) && !LEADS.get() {
+    watch.waiting.fetch_add(1, Ordering::Relaxed);
+    let goes_on = || !watch.over.load(Ordering::Relaxed) && !LEADS.get();
+    while goes_on() {
         for _ in 0..LOOKS {
-            if rayon::yield_now() == Some(rayon::Yield::Idle) {
+            if goes_on() && rayon::yield_now() == Some(rayon::Yield::Idle) {
                 hint::spin_loop();
             }
         }
@@ -84,13 +117,15 @@ mod tests {
     /// waited for itself.
     #[test]
     fn work_goes_on() {
+        /// Once in some thousand steps a thread would begin to wait within the work of a step, if it could.
+        const STEPS: usize = 10_000;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build();
         let total: usize = pool.expect("threads").install(|| {
-            (0..200)
+            (0..STEPS)
                 .map(|_| {
                     let _awake = awake(&Device::flex());
                     let nested = awake(&Device::flex());
-                    assert!(nested.over.is_none());
+                    assert!(nested.watch.is_none());
                     drop(nested);
                     (0..1000usize)
                         .into_par_iter()
@@ -99,11 +134,11 @@ mod tests {
                 })
                 .sum()
         });
-        assert_eq!(total, 200 * 500);
+        assert_eq!(total, STEPS * 500);
     }
 
     #[test]
     fn a_thread_outside_has_none() {
-        assert!(awake(&Device::flex()).over.is_none());
+        assert!(awake(&Device::flex()).watch.is_none());
     }
 }

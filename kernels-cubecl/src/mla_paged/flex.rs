@@ -188,7 +188,7 @@ impl Inputs<'_> {
         out.par_chunks_exact_mut(queries * value)
             .zip(latents.par_chunks_exact(queries * latent))
             .zip(part.heads.clone())
-            .with_min_len(WORTH.div_ceil(queries * latent * value))
+            .with_min_len(WORTH / (queries * latent * value + 1))
             .for_each(|((out, latents), head)| {
                 let latents = Matrix::of(latents, queries, latent);
                 let w_uv = self.up(head, nope..nope + value);
@@ -207,7 +207,7 @@ impl Inputs<'_> {
         q_latent
             .par_chunks_exact_mut(queries * latent)
             .zip(part.heads.clone())
-            .with_min_len(WORTH.div_ceil(queries * latent * nope))
+            .with_min_len(WORTH / (queries * latent * nope + 1))
             .for_each(|(out, head)| {
                 let q = self.queries(self.q_nope, part, head, nope);
                 let w_uk = self.up(head, 0..nope).transposed();
