@@ -113,7 +113,8 @@ pub(crate) fn log_sum_exp(values: &[f32]) -> f32 {
     highest + sum(values, |value| exp(value - highest)).ln()
 }
 
-const LANES: usize = 16;
+/// Single-precision numbers of the widest vector.
+pub(crate) const LANES: usize = 16;
 
 #[inline(always)]
 fn fold(

@@ -14,7 +14,9 @@ use std::{
 
 use burn::{optim::OptimizerRecord, store::RecordError};
 use deepburn_model::{
-    checkpoint::{self, CheckpointError, SaveOptions, write_directory, write_file},
+    checkpoint::{
+        self, CheckpointError, SaveOptions, remove_leftover, write_directory, write_file,
+    },
     config::ModelConfig,
     transformer::Transformer,
 };
@@ -251,16 +253,12 @@ impl Checkpoints {
         self.point_latest_to(&path)?;
         let all = self.all();
         let aside = path.with_file_name(".removed.tmp");
-        let remove = |folder: &Path| match folder.exists() {
-            true => fs::remove_dir_all(folder).map_err(io_error(folder)),
-            false => Ok(()),
-        };
         for old in &all[..all.len().saturating_sub(self.keep)] {
             // Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
-            remove(&aside)?;
+            remove_leftover(&aside)?;
             fs::rename(old, &aside).map_err(io_error(old))?;
         }
-        remove(&aside)?;
+        remove_leftover(&aside)?;
         Ok(path)
     }
 

@@ -13,14 +13,12 @@ use super::{Layout, Sizes, Span};
 use crate::{
     flex::{FlexFloat, contiguous, elements, float_tensor},
     gemm::{Into, Matrix, WORTH, multiply},
-    vector::{exp, vectorized},
+    vector::{LANES, exp, vectorized},
 };
 
 /// Rows (queries of heads) that are computed together: they share what is read of the cache, and their scores stay in
 /// cache.
 const ROWS: usize = 64;
-/// Numbers of a vector.
-const LANES: usize = 16;
 /// Positions whose attention a task computes, in whole pages. Results of such pieces are put together in order.
 const PIECE: usize = 512;
 

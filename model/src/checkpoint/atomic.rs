@@ -41,9 +41,7 @@ pub fn write_directory<E: From<CheckpointError>>(
 ) -> Result<(), E> {
     let staging = temporary(path);
     fs::create_dir_all(parent(path)).map_err(CheckpointError::io(parent(path)))?;
-    if staging.exists() {
-        fs::remove_dir_all(&staging).map_err(CheckpointError::io(&staging))?;
-    }
+    remove_leftover(&staging)?;
     fs::create_dir(&staging).map_err(CheckpointError::io(&staging))?;
     let written = fill(&staging).and_then(|()| Ok(commit(&staging, path)?));
     if written.is_err() {
@@ -53,6 +51,17 @@ pub fn write_directory<E: From<CheckpointError>>(
     written
 }
 
+/// Removes a folder, if it is there, that an interruption may have left under a temporary name.
+///
+/// # Errors
+/// What the file system answers.
+pub fn remove_leftover(folder: &Path) -> Result<(), CheckpointError> {
+    match folder.exists() {
+        true => fs::remove_dir_all(folder).map_err(CheckpointError::io(folder)),
+        false => Ok(()),
+    }
+}
+
 fn commit(staging: &Path, path: &Path) -> Result<(), CheckpointError> {
     sync_tree(staging)?;
     if path.exists() {
@@ -60,9 +69,7 @@ fn commit(staging: &Path, path: &Path) -> Result<(), CheckpointError> {
         let mut aside = temporary(path).into_os_string();
         aside.push("-old");
         let aside = PathBuf::from(aside);
-        if aside.exists() {
-            fs::remove_dir_all(&aside).map_err(CheckpointError::io(&aside))?;
-        }
+        remove_leftover(&aside)?;
         fs::rename(path, &aside).map_err(CheckpointError::io(path))?;
         fs::rename(staging, path).map_err(CheckpointError::io(path))?;
         fs::remove_dir_all(&aside).map_err(CheckpointError::io(&aside))?;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use deepburn_kernels::compact::NotCompact;
 
-pub use atomic::{write_directory, write_file};
+pub use atomic::{remove_leftover, write_directory, write_file};
 pub use load::{load, load_held, load_parts, read_config};
 pub use save::{SaveOptions, Shard, save, save_shard, shard_name, write_index};
 
