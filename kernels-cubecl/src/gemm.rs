@@ -76,8 +76,46 @@ impl<'a, T> Matrix<'a, T> {
     }
 
     /// Some of the columns.
-    fn columns(self, columns: std::ops::Range<usize>) -> Self {
+    pub(crate) fn columns(self, columns: std::ops::Range<usize>) -> Self {
         self.transposed().rows(columns).transposed()
+    }
+
+    /// A copy of the elements row after row, of a matrix whose columns are neighbours in memory.
+    pub(crate) fn row_major(self) -> Vec<T>
+    where
+        T: Scalar,
+    {
+        let mut out = vec![T::ZERO; self.rows * self.columns];
+        self.copy_row_major(&mut out);
+        out
+    }
+
+    /// In squares that fit the first-level cache, however far columns are apart.
+    fn copy_row_major(self, out: &mut [T])
+    where
+        T: Scalar,
+    {
+        const SIDE: usize = 16;
+        assert_eq!(self.row_stride, 1, "the elements of a column are apart");
+        let (rows, columns) = (self.rows, self.columns);
+        let out = &mut out[..rows * columns];
+        for left in (0..columns).step_by(SIDE) {
+            for top in (0..rows).step_by(SIDE) {
+                let (height, width) = (SIDE.min(rows - top), SIDE.min(columns - left));
+                let mut square = [[T::ZERO; SIDE]; SIDE];
+                for column in 0..width {
+                    let start = (left + column) * self.column_stride + top;
+                    let elements = &self.elements[start..][..height];
+                    for (row, &element) in square.iter_mut().zip(elements) {
+                        row[column] = element;
+                    }
+                }
+                for (row, elements) in square.iter().take(height).enumerate() {
+                    let start = (top + row) * columns + left;
+                    out[start..][..width].copy_from_slice(&elements[..width]);
+                }
+            }
+        }
     }
 
     /// A row whose elements are neighbours.
@@ -113,7 +151,14 @@ pub(crate) fn product<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
     }
     let length = a.rows * b.columns;
     let mut out = Vec::with_capacity(length);
-    by_rows(a, b, &mut out.spare_capacity_mut()[..length], multiply_into);
+    by_rows(
+        a,
+        b,
+        &mut out.spare_capacity_mut()[..length],
+        |a, b, out| {
+            multiply_fresh(a, b, out);
+        },
+    );
     #[allow(unsafe_code, reason = "zeros first would be a pass over memory")]
     // SAFETY: every element was written.
     unsafe {
@@ -178,11 +223,25 @@ pub(crate) fn multiply<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut 
     call(a, b, out.as_mut_ptr(), into);
 }
 
-/// As [`multiply`] for a result that is not written yet.
-fn multiply_into<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: &mut [MaybeUninit<T>]) {
+/// As [`multiply`] for a result that is not written yet, and then is.
+pub(crate) fn multiply_fresh<'o, T: Scalar>(
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    out: &'o mut [MaybeUninit<T>],
+) -> &'o mut [T] {
     assert_eq!(out.len(), a.rows * b.columns, "the result has another size");
     call(a, b, out.as_mut_ptr().cast(), Into::Replace);
+    #[allow(unsafe_code, reason = "zeros first would be a pass over memory")]
+    // SAFETY: every element was written.
+    unsafe {
+        out.assume_init_mut()
+    }
 }
+
+/// Columns so far apart fall into few sets of the first-level cache, and the gemm crate reads 64 of them side by side.
+const FAR: usize = 512;
+/// Rows of `a` that are worth a copy of `b`.
+const MANY: usize = 96;
 
 /// The product into `a.rows * b.columns` elements from `out` on.
 fn call<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, into: Into) {
@@ -190,7 +249,28 @@ fn call<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, into: Into) 
     if a.rows * b.columns == 0 {
         return;
     }
-    let add = into == Into::Add;
+    if b.rows == 0 || b.row_stride != 1 || b.column_stride < FAR || a.rows < MANY {
+        return call_gemm(a, b, out, b.columns, into == Into::Add);
+    }
+    const PIECE: [usize; 2] = [512, 64];
+    let stride = b.columns;
+    let mut piece = vec![T::ZERO; PIECE[0] * PIECE[1]];
+    for left in (0..b.columns).step_by(PIECE[1]) {
+        let b = b.columns(left..b.columns.min(left + PIECE[1]));
+        for top in (0..b.rows).step_by(PIECE[0]) {
+            let inner = top..b.rows.min(top + PIECE[0]);
+            let part = b.rows(inner.clone());
+            part.copy_row_major(&mut piece);
+            let part = Matrix::of(&piece, part.rows, part.columns);
+            let out = out.wrapping_add(left);
+            let add = top > 0 || into == Into::Add;
+            call_gemm(a.columns(inner), part, out, stride, add);
+        }
+    }
+}
+
+/// The product into rows of `out` that are `stride` apart.
+fn call_gemm<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, stride: usize, add: bool) {
     #[allow(unsafe_code, reason = "the gemm crate takes pointers and strides")]
     // SAFETY: a `Matrix` reaches no further than its slice, which its constructors check, and both callers borrow as
     // many elements as the result has mutably, so that the three do not overlap. Where the product replaces them, they
@@ -202,7 +282,7 @@ fn call<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, into: Into) 
             a.columns,
             out,
             1,
-            b.columns as isize,
+            stride as isize,
             add,
             a.elements.as_ptr(),
             a.column_stride as isize,

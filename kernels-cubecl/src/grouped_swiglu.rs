@@ -3,7 +3,7 @@
 //! Native on Flex for f32: the rows of a segment go through the three matrices on one thread, so that what is between
 //! them stays in its cache. The backward pass keeps `x G` and `x U` and computes the gate again.
 
-use std::ops::Range;
+use std::{mem::MaybeUninit, ops::Range};
 
 use burn::{
     backend::{
@@ -21,9 +21,9 @@ use burn::{
 
 use crate::{
     flex::{FlexFloat, contiguous, dims, elements, float_tensor, is_native_f32},
-    gemm::{Into, Matrix, multiply},
+    gemm::{Into, Matrix, multiply, multiply_fresh},
     grouped_gemm::{GroupedGemmGrad, flex::segments, grouped_matmul},
-    parts::by_rows,
+    parts::{by_fresh_rows, zeroed},
     swiglu::{gate, gate_grad, swiglu},
     vector::vectorized,
     weight_grad::Weight,
@@ -134,20 +134,21 @@ impl GroupedSwigluGrad for Flex {
         let (x, weights) = (contiguous(x), weights.map(contiguous));
         let x = elements::<f32>(&x);
         let segments = segments(&counts, rows);
-        let fill = |expert: usize, [y, gated, up]: [&mut [f32]; 3]| {
+        of_segments(&segments, [width, hidden, hidden], |expert, all| {
             let rows = segments[expert].clone();
             let Some([gate_proj, up_proj, down_proj]) = of_expert(&weights, expert) else {
-                return;
+                return all.map(zeroed);
             };
+            let [y, gated, up] = all;
             let x = Matrix::of(&x[rows.start * width..], rows.len(), width);
-            multiply(x, gate_proj, gated, Into::Replace);
-            multiply(x, up_proj, up, Into::Replace);
+            let gated = multiply_fresh(x, gate_proj, gated);
+            let up = multiply_fresh(x, up_proj, up);
             let mut hidden_rows = vec![0f32; gated.len()];
             vectorized!(gate(gated, up, &mut hidden_rows));
             let hidden_rows = Matrix::of(&hidden_rows, rows.len(), hidden);
-            multiply(hidden_rows, down_proj, y, Into::Replace);
-        };
-        of_segments(&segments, [width, hidden, hidden], fill)
+            let y = multiply_fresh(hidden_rows, down_proj, y);
+            [y, gated, up]
+        })
     }
 
     fn segment_swiglu_input_grad(
@@ -161,24 +162,25 @@ impl GroupedSwigluGrad for Flex {
         let grad = elements::<f32>(&grad);
         let [gated, up] = between.each_ref().map(elements::<f32>);
         let segments = segments(&counts, rows);
-        let fill = |expert: usize, [dx, d_gated, d_up, hidden_rows]: [&mut [f32]; 4]| {
+        of_segments(&segments, [width, hidden, hidden, hidden], |expert, all| {
             let rows = segments[expert].clone();
             let Some(matrices) = of_expert(&weights, expert) else {
-                return;
+                return all.map(zeroed);
             };
+            let [dx, d_gated, d_up, hidden_rows] = all;
             let [gate_proj, up_proj, down_proj] = matrices.map(Matrix::transposed);
             let grad = Matrix::of(&grad[rows.start * width..], rows.len(), width);
-            let mut d_hidden = vec![0f32; rows.len() * hidden];
-            multiply(grad, down_proj, &mut d_hidden, Into::Replace);
+            let d_up = multiply_fresh(grad, down_proj, d_up);
+            let (d_gated, hidden_rows) = (zeroed(d_gated), zeroed(hidden_rows));
             let part = rows.start * hidden..rows.end * hidden;
             let (gated, up) = (&gated[part.clone()], &up[part]);
             vectorized!(gate(gated, up, hidden_rows));
-            vectorized!(gate_grad(&d_hidden, gated, up, d_gated, d_up));
+            vectorized!(gate_grad(gated, up, d_gated, d_up));
             let of_hidden = |values| Matrix::of(values, rows.len(), hidden);
-            multiply(of_hidden(&*d_gated), gate_proj, dx, Into::Replace);
+            let dx = multiply_fresh(of_hidden(&*d_gated), gate_proj, dx);
             multiply(of_hidden(&*d_up), up_proj, dx, Into::Add);
-        };
-        of_segments(&segments, [width, hidden, hidden, hidden], fill)
+            [dx, d_gated, d_up, hidden_rows]
+        })
     }
 }
 
@@ -194,14 +196,14 @@ fn of_expert(weights: &[FlexFloat; 3], expert: usize) -> Option<[Matrix<'_, f32>
     })
 }
 
-/// Matrices of the given widths, of which `fill` fills the rows of each segment.
+/// Matrices of the given widths, of which `fill` fills and returns the rows of each segment.
 fn of_segments<const N: usize>(
     segments: &[Range<usize>],
     widths: [usize; N],
-    fill: impl Fn(usize, [&mut [f32]; N]) + Sync,
+    fill: impl for<'a> Fn(usize, [&'a mut [MaybeUninit<f32>]; N]) -> [&'a mut [f32]; N] + Sync,
 ) -> [FlexFloat; N] {
     let rows: Vec<usize> = segments.iter().map(Range::len).collect();
-    let all = by_rows(&rows, widths, fill);
+    let all = by_fresh_rows(&rows, widths, fill);
     let mut widths = widths.into_iter();
     all.map(|elements| {
         let width = widths.next().expect("as many");

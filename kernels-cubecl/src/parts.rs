@@ -67,6 +67,19 @@ pub(crate) fn by_rows<T: Scalar, const N: usize>(
     widths: [usize; N],
     fill: impl Fn(usize, [&mut [T]; N]) + Sync,
 ) -> [Vec<T>; N] {
+    by_fresh_rows(rows, widths, |part, elements| {
+        let mut elements = elements.map(zeroed);
+        fill(part, elements.each_mut().map(|elements| &mut **elements));
+        elements
+    })
+}
+
+/// As [`by_rows`], of elements that are not written yet: `fill` returns what it gets, written.
+pub(crate) fn by_fresh_rows<T: Scalar, const N: usize>(
+    rows: &[usize],
+    widths: [usize; N],
+    fill: impl for<'a> Fn(usize, [&'a mut [MaybeUninit<T>]; N]) -> [&'a mut [T]; N] + Sync,
+) -> [Vec<T>; N] {
     let lengths = widths.map(|width| width * rows.iter().sum::<usize>());
     let mut all = lengths.map(Vec::with_capacity);
     let mut parts: Vec<_> = rows.iter().map(|_| [const { None }; N]).collect();
@@ -81,15 +94,20 @@ pub(crate) fn by_rows<T: Scalar, const N: usize>(
     let mut parts: Vec<_> = parts.into_iter().enumerate().collect();
     parts.sort_by_key(|&(part, _)| Reverse(rows[part]));
     let fill = |(part, elements): (usize, [Option<&mut [MaybeUninit<T>]>; N])| {
-        let elements = elements.map(|elements| zeroed(elements.expect("of every matrix")));
-        fill(part, elements);
+        let elements = elements.map(|elements| elements.expect("of every matrix"));
+        let given = elements
+            .each_ref()
+            .map(|elements| (elements.as_ptr().cast(), elements.len()));
+        let filled = fill(part, elements);
+        let filled = filled.map(|elements| (elements.as_ptr(), elements.len()));
+        assert_eq!(filled, given, "other elements than those to fill");
     };
     match parts.len() {
         1 => parts.into_iter().for_each(fill),
         _ => parts.into_iter().par_bridge().for_each(fill),
     }
     for (out, length) in all.iter_mut().zip(lengths) {
-        // SAFETY: as in `by_parts`.
+        // SAFETY: the parts cover all elements, and those of each came back as initialised ones.
         unsafe {
             out.set_len(length);
         }
@@ -135,7 +153,8 @@ fn fresh<T>(out: &mut Vec<T>, length: usize) -> &mut [MaybeUninit<T>] {
     &mut out.spare_capacity_mut()[..length]
 }
 
-fn zeroed<T: Scalar>(elements: &mut [MaybeUninit<T>]) -> &mut [T] {
+/// Zeros.
+pub(crate) fn zeroed<T: Scalar>(elements: &mut [MaybeUninit<T>]) -> &mut [T] {
     elements.fill(MaybeUninit::new(T::ZERO));
     // SAFETY: all elements have just been written.
     unsafe { elements.assume_init_mut() }

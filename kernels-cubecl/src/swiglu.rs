@@ -80,8 +80,9 @@ impl SwigluGrad for Flex {
         );
         let fill = |part: usize, grad_gate: &mut [f32], grad_up: &mut [f32]| {
             let part = part * CHUNK..part * CHUNK + grad_up.len();
-            let (grad, gate, up) = (&grad[part.clone()], &gate[part.clone()], &up[part]);
-            vectorized!(gate_grad(grad, gate, up, grad_gate, grad_up));
+            grad_up.copy_from_slice(&grad[part.clone()]);
+            let (gate, up) = (&gate[part.clone()], &up[part]);
+            vectorized!(gate_grad(gate, up, grad_gate, grad_up));
         };
         let [grad_gate, grad_up] = two_by_parts(gate.len(), CHUNK, fill);
         (
@@ -99,19 +100,13 @@ pub(crate) fn gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
-/// The gradients of [`gate`] with respect to its inputs.
+/// The gradients of [`gate`] with respect to its inputs. The second replaces what it is given, the gradient of the output.
 #[inline(always)]
-pub(crate) fn gate_grad(
-    grad: &[f32],
-    gate: &[f32],
-    up: &[f32],
-    grad_gate: &mut [f32],
-    grad_up: &mut [f32],
-) {
-    let inputs = grad.iter().zip(gate).zip(up);
+pub(crate) fn gate_grad(gate: &[f32], up: &[f32], grad_gate: &mut [f32], grad_up: &mut [f32]) {
+    let inputs = gate.iter().zip(up);
     let outputs = grad_gate.iter_mut().zip(grad_up);
-    for (((&grad, &gate), &up), (grad_gate, grad_up)) in inputs.zip(outputs) {
-        let s = sigmoid(gate);
+    for ((&gate, &up), (grad_gate, grad_up)) in inputs.zip(outputs) {
+        let (grad, s) = (*grad_up, sigmoid(gate));
         *grad_up = grad * gate * s;
         *grad_gate = grad * up * s * (1.0 + gate * (1.0 - s));
     }

@@ -106,13 +106,6 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     total
 }
 
-/// `ln` of the sum of `e^x` over the elements.
-#[inline(always)]
-pub(crate) fn log_sum_exp(values: &[f32]) -> f32 {
-    let highest = max(values);
-    highest + sum(values, |value| exp(value - highest)).ln()
-}
-
 /// Single-precision numbers of the widest vector.
 pub(crate) const LANES: usize = 16;
 

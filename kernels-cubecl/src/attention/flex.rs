@@ -13,11 +13,11 @@ use crate::{
     flex::{FlexFloat, contiguous, dims, elements, float_tensor, indices},
     gemm::{Into, Matrix, multiply},
     parts::by_parts,
-    vector::{dot, exp, log_sum_exp, vectorized},
+    vector::{dot, exp, max, sum, vectorized},
 };
 
 /// Queries per block: its scores against a few hundred keys stay in the second-level cache.
-const BLOCK: usize = 64;
+const BLOCK: usize = 32;
 /// Positions per task where heads are put together.
 const ROWS: usize = 64;
 
@@ -54,21 +54,33 @@ impl AttentionGrad for Flex {
             let mut out = vec![0f32; length * value];
             let mut normalisers = vec![0f32; length];
             let (q, k) = (all.queries(head), all.keys(head));
-            let (q, k) = (all.matrix(&q), all.matrix(&k));
+            let q = all.matrix(&q);
+            let k_transposed = all.matrix(&k).transposed().row_major();
+            let k_transposed = Matrix::of(&k_transposed, all.key(), length);
             let mut scores = vec![0f32; BLOCK.min(length) * length];
             for block in blocks(length) {
                 let keys = block.end;
                 let scores = &mut scores[..block.len() * keys];
-                let (q, k) = (q.rows(block.clone()), k.rows(0..keys));
-                multiply(q, k.transposed(), scores, Into::Replace);
-                for (row, query) in scores.chunks_exact_mut(keys).zip(block.clone()) {
+                let q = q.rows(block.clone());
+                multiply(q, k_transposed.columns(0..keys), scores, Into::Replace);
+                let mut totals = [0f32; BLOCK];
+                let rows = scores.chunks_exact_mut(keys).zip(block.clone());
+                for ((row, query), total) in rows.zip(&mut totals) {
                     let seen = all.visible(head, query);
-                    normalisers[query] = vectorized!(log_sum_exp(&row[seen.clone()]));
-                    vectorized!(probabilities(row, seen.clone(), normalisers[query]));
+                    let highest = vectorized!({
+                        let highest = max(&row[seen.clone()]);
+                        probabilities(row, seen.clone(), highest);
+                        *total = sum(&row[seen.clone()], |weight| weight);
+                        highest
+                    });
+                    normalisers[query] = highest + total.ln();
                 }
                 let out = &mut out[block.start * value..block.end * value];
                 let scores = Matrix::of(scores, block.len(), keys);
                 multiply(scores, all.values(head, 0..keys), out, Into::Replace);
+                for (row, total) in out.chunks_exact_mut(value).zip(totals) {
+                    row.iter_mut().for_each(|x| *x /= total);
+                }
             }
             (out, normalisers)
         };
@@ -102,6 +114,10 @@ impl AttentionGrad for Flex {
             let mut grad_k_pe = vec![0f32; length * rope];
             let (q, k) = (all.queries(head), all.keys(head));
             let (q, k) = (all.matrix(&q), all.matrix(&k));
+            let k_transposed = k.transposed().row_major();
+            let k_transposed = Matrix::of(&k_transposed, key, length);
+            let v_transposed = all.values(head, 0..length).transposed().row_major();
+            let v_transposed = Matrix::of(&v_transposed, value, length);
             let normalisers = &normalisers[head * length..];
             let mut grad_k = vec![0f32; length * key];
             let mut grad_v = vec![0f32; length * value];
@@ -111,10 +127,9 @@ impl AttentionGrad for Flex {
                 let (rows, keys) = (block.len(), block.end);
                 let (p, ds) = (&mut p[..rows * keys], &mut ds[..rows * keys]);
                 let (q, k) = (q.rows(block.clone()), k.rows(0..keys));
-                let v = all.values(head, 0..keys);
                 let grad = all.of_head(grad, head, block.clone(), value, 0..value);
-                multiply(q, k.transposed(), p, Into::Replace);
-                multiply(grad, v.transposed(), ds, Into::Replace);
+                multiply(q, k_transposed.columns(0..keys), p, Into::Replace);
+                multiply(grad, v_transposed.columns(0..keys), ds, Into::Replace);
                 let both = p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys));
                 for ((p, ds), query) in both.zip(block.clone()) {
                     let seen = all.visible(head, query);
@@ -132,11 +147,12 @@ impl AttentionGrad for Flex {
                 let grad_q = &mut grad_q[block.start * key..block.end * key];
                 multiply(ds, k, grad_q, Into::Replace);
             }
-            let rows = grad_q.chunks_exact_mut(key).enumerate();
-            rows.for_each(|(position, row)| {
-                all.turn_back(position, &mut row[nope..]);
-                row.iter_mut().for_each(|x| *x *= scale as f32);
-            });
+            vectorized!(
+                for (position, row) in grad_q.chunks_exact_mut(key).enumerate() {
+                    all.turn_back(position, &mut row[nope..]);
+                    row.iter_mut().for_each(|x| *x *= scale as f32);
+                }
+            );
             for (position, out) in grad_kv.chunks_exact_mut(nope + value).enumerate() {
                 out[..nope].copy_from_slice(&grad_k[position * key..][..nope]);
                 out[nope..].copy_from_slice(&grad_v[position * value..][..value]);
@@ -235,13 +251,15 @@ impl<'a> Heads<'a> {
     fn queries(&self, head: usize) -> Vec<f32> {
         let (key, scale) = (self.key(), self.sizes.scale as f32);
         let mut out = vec![0f32; self.length * key];
-        for (position, row) in out.chunks_exact_mut(key).enumerate() {
-            let start = self.row(head, position) * key;
-            for (out, &q) in row.iter_mut().zip(&self.q[start..start + key]) {
-                *out = q * scale;
+        vectorized!(
+            for (position, row) in out.chunks_exact_mut(key).enumerate() {
+                let start = self.row(head, position) * key;
+                for (out, &q) in row.iter_mut().zip(&self.q[start..start + key]) {
+                    *out = q * scale;
+                }
+                self.turn(position, &mut row[self.sizes.nope..]);
             }
-            self.turn(position, &mut row[self.sizes.nope..]);
-        }
+        );
         out
     }
 
@@ -282,6 +300,7 @@ impl<'a> Heads<'a> {
     }
 
     /// Where a position of a head is, counted in heads of positions of sequences.
+    #[inline(always)]
     fn row(&self, head: usize, position: usize) -> usize {
         let (sequence, head) = (head / self.sizes.heads, head % self.sizes.heads);
         (sequence * self.length + position) * self.sizes.heads + head
@@ -294,6 +313,7 @@ impl<'a> Heads<'a> {
     }
 
     /// Rotates neighbouring pairs by the angles of a position.
+    #[inline(always)]
     fn turn(&self, position: usize, row: &mut [f32]) {
         let start = position * (self.rope / 2);
         let angles = self.cos[start..].iter().zip(&self.sin[start..]);
@@ -305,6 +325,7 @@ impl<'a> Heads<'a> {
     }
 
     /// The gradient of [`turn`](Self::turn), its transpose.
+    #[inline(always)]
     fn turn_back(&self, position: usize, row: &mut [f32]) {
         let start = position * (self.rope / 2);
         let angles = self.cos[start..].iter().zip(&self.sin[start..]);

@@ -10,8 +10,8 @@ use burn::backend::{
 use super::{GroupedGemmGrad, GroupedGemmOps};
 use crate::{
     flex::{FlexInt, Scalar, contiguous, dims, elements, float_tensor, indices, with_scalar},
-    gemm::{Into, Matrix, multiply},
-    parts::{by_parts, by_rows},
+    gemm::{Matrix, multiply_fresh},
+    parts::{by_fresh_rows, zeroed},
 };
 
 impl GroupedGemmOps for Flex {
@@ -56,11 +56,11 @@ impl GroupedGemmGrad for Flex {
         let (x, grad, segments) = (contiguous(x), contiguous(grad), segments(&counts, rows));
         with_scalar!(x, T => {
             let (x, grad) = (elements::<T>(&x), elements::<T>(&grad));
-            let (out, _) = by_parts(experts * k * n, k * n, |expert, out| {
+            let [out] = by_fresh_rows(&vec![k; experts], [n], |expert, [out]| {
                 let rows = &segments[expert];
                 let x = Matrix::of(&x[rows.start * k..], rows.len(), k).transposed();
                 let grad = Matrix::of(&grad[rows.start * n..], rows.len(), n);
-                multiply(x, grad, out, Into::Replace);
+                [multiply_fresh(x, grad, out)]
             });
             float_tensor(out, [experts, k, n])
         })
@@ -75,11 +75,12 @@ fn by_segment<'a, T: Scalar>(
     weight: impl Fn(usize) -> Matrix<'a, T> + Sync,
 ) -> Vec<T> {
     let rows: Vec<usize> = segments.iter().map(Range::len).collect();
-    let [out] = by_rows(&rows, [width], |expert, [out]| {
-        if expert + 1 < segments.len() {
-            let x = Matrix::of(&x[segments[expert].start * inner..], rows[expert], inner);
-            multiply(x, weight(expert), out, Into::Replace);
+    let [out] = by_fresh_rows(&rows, [width], |expert, [out]| {
+        if expert + 1 == segments.len() {
+            return [zeroed(out)];
         }
+        let x = Matrix::of(&x[segments[expert].start * inner..], rows[expert], inner);
+        [multiply_fresh(x, weight(expert), out)]
     });
     out
 }
