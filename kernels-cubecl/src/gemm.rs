@@ -243,7 +243,7 @@ const FAR: usize = 512;
 /// Rows of `a` that are worth a copy of `b`.
 const MANY: usize = 96;
 
-/// The product into `a.rows * b.columns` elements from `out` on.
+/// The product into `a.rows * b.columns` elements from `out` on, piece by piece where `b` has to be copied.
 fn call<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, into: Into) {
     assert_eq!(a.columns, b.rows, "inner sizes differ");
     if a.rows * b.columns == 0 {
@@ -272,9 +272,9 @@ fn call<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, into: Into) 
 /// The product into rows of `out` that are `stride` apart.
 fn call_gemm<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, stride: usize, add: bool) {
     #[allow(unsafe_code, reason = "the gemm crate takes pointers and strides")]
-    // SAFETY: a `Matrix` reaches no further than its slice, which its constructors check, and both callers borrow as
-    // many elements as the result has mutably, so that the three do not overlap. Where the product replaces them, they
-    // are written and not read.
+    // SAFETY: a `Matrix` reaches no further than its slice, which its constructors check, and the callers of `call` borrow
+    // as many elements as the result has mutably, so that the three do not overlap. A piece of the result is some of its
+    // columns. Where the product replaces elements, they are written and not read.
     unsafe {
         gemm::gemm(
             a.rows,

@@ -167,7 +167,7 @@ mod tests {
     fn native_agrees_with_reference() {
         let device = Device::flex().autodiff();
         // One row, few rows and columns, and enough of all that threads share the work; weights as they are, and a view,
-        // as those of a tied output head are.
+        // as those of a tied output head are; in the last, views whose columns are so far apart that they are copied.
         let sizes = [
             [1, 5, 3],
             [7, 1, 1],
@@ -175,6 +175,7 @@ mod tests {
             [2, 600, 900],
             [12, 130, 520],
             [15, 3, 40],
+            [200, 1100, 70],
         ];
         for ([m, k, n], tied) in sizes
             .into_iter()

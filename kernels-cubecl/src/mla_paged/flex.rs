@@ -4,7 +4,7 @@
 //! Scores are kept position by position, `[positions, lanes]`, where lanes are the rows and what fills a vector: so no product
 //! needs a copy of its factors, transposed or with gaps filled.
 
-use std::ops::Range;
+use std::{array::from_fn, ops::Range};
 
 use burn::{backend::Flex, tensor::Tensor};
 use rayon::prelude::*;
@@ -13,14 +13,14 @@ use super::{Layout, Sizes, Span};
 use crate::{
     flex::{FlexFloat, contiguous, elements, float_tensor},
     gemm::{Into, Matrix, WORTH, multiply},
-    vector::{LANES, exp, vectorized},
+    vector::{LANES, exp, multiplies_and_adds, vectorized},
 };
 
 /// Rows (queries of heads) that are computed together: they share what is read of the cache, and their scores stay in
 /// cache.
 const ROWS: usize = 64;
 /// Positions whose attention a task computes, in whole pages. Results of such pieces are put together in order.
-const PIECE: usize = 512;
+const PIECE: usize = 256;
 
 /// See [`super::mla_paged`].
 pub(super) fn mla_paged(
@@ -229,13 +229,17 @@ impl Inputs<'_> {
     fn attend_to(&self, part: &Part<'_>, q: &[f32], pages: Range<usize>) -> Attended {
         let Sizes { rope, latent, .. } = self.sizes;
         let (rows, lanes) = (part.rows(), part.lanes());
-        let q = Matrix::of(q, latent + rope, lanes);
         let positions = pages.start * self.page..part.end().min(pages.end * self.page);
         let mut scores = vec![0f32; positions.len() * lanes];
         let by_page = scores.chunks_mut(self.page * lanes);
         for (page, scores) in pages.clone().zip(by_page) {
             let entries = self.entries(part, page, scores.len() / lanes, latent + rope);
-            multiply(entries, q, scores, Into::Replace);
+            if lanes == LANES && multiplies_and_adds() {
+                vectorized!(narrow_product(entries, q, scores));
+            } else {
+                let q = Matrix::of(q, latent + rope, lanes);
+                multiply(entries, q, scores, Into::Replace);
+            }
         }
         let [highest, sums] = softmax(&mut scores, positions, part);
         let mut latents = vec![0f32; rows * latent];
@@ -290,6 +294,36 @@ impl Inputs<'_> {
         let slot = part.span.pages[page] as usize * self.page;
         Matrix::strided(&self.cache[slot * width..], count, columns, width)
     }
+}
+
+/// `a b` where a row of `b` is one vector. Four rows of `a` at a time are one stream from memory: the gemm crate takes six
+/// and twice as long.
+#[inline(always)]
+fn narrow_product(a: Matrix<'_, f32>, b: &[f32], out: &mut [f32]) {
+    let ((b, _), (out, _)) = (b.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let first = fours.len() * 4;
+    for (part, out) in fours.iter_mut().enumerate() {
+        *out = narrow_rows(from_fn(|row| a.row(part * 4 + row)), b);
+    }
+    for (row, out) in rest.iter_mut().enumerate() {
+        [*out] = narrow_rows([a.row(first + row)], b);
+    }
+}
+
+/// Some rows of [`narrow_product`].
+#[inline(always)]
+fn narrow_rows<const N: usize>(a: [&[f32]; N], b: &[[f32; LANES]]) -> [[f32; LANES]; N] {
+    let a = a.map(|row| &row[..b.len()]);
+    let mut sums = [[0f32; LANES]; N];
+    for k in 0..b.len() {
+        for row in 0..N {
+            for lane in 0..LANES {
+                sums[row][lane] = a[row][k].mul_add(b[k][lane], sums[row][lane]);
+            }
+        }
+    }
+    sums
 }
 
 /// Scores of positions, `[positions, lanes]`, to weights relative to the row's highest; these, and the sums of weights.

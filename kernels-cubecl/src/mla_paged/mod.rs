@@ -196,7 +196,7 @@ mod tests {
             length,
         };
         Layout {
-            page: 4,
+            page: 6,
             spans: vec![span(1500, 70), span(1100, 1)],
         }
     }
