@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::{
     flex::Scalar,
-    parts::{Panel, by_panels},
+    parts::{Panel, by_panels, pieces},
 };
 
 /// A matrix seen in a slice.
@@ -249,24 +249,40 @@ fn call<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>, out: *mut T, into: Into) 
     if a.rows * b.columns == 0 {
         return;
     }
-    if b.rows == 0 || b.row_stride != 1 || b.column_stride < FAR || a.rows < MANY {
-        return call_gemm(a, b, out, b.columns, into == Into::Add);
-    }
-    const PIECE: [usize; 2] = [512, 64];
-    let stride = b.columns;
-    let mut piece = vec![T::ZERO; PIECE[0] * PIECE[1]];
-    for left in (0..b.columns).step_by(PIECE[1]) {
-        let b = b.columns(left..b.columns.min(left + PIECE[1]));
-        for top in (0..b.rows).step_by(PIECE[0]) {
-            let inner = top..b.rows.min(top + PIECE[0]);
-            let part = b.rows(inner.clone());
-            part.copy_row_major(&mut piece);
-            let part = Matrix::of(&piece, part.rows, part.columns);
-            let out = out.wrapping_add(left);
-            let add = top > 0 || into == Into::Add;
-            call_gemm(a.columns(inner), part, out, stride, add);
+    let (stride, add) = (b.columns, into == Into::Add);
+    if b.rows == 0 {
+        call_gemm(a, b, out, stride, add);
+    } else if a.column_stride != 1 {
+        for columns in pieces(b.columns, columns_without_copy()) {
+            let out = out.wrapping_add(columns.start);
+            call_gemm(a, b.columns(columns), out, stride, add);
+        }
+    } else if b.row_stride != 1 || b.column_stride < FAR || a.rows < MANY {
+        call_gemm(a, b, out, stride, add);
+    } else {
+        const PIECE: [usize; 2] = [512, 64];
+        let mut piece = vec![T::ZERO; PIECE[0] * PIECE[1]];
+        for columns in pieces(b.columns, PIECE[1]) {
+            let out = out.wrapping_add(columns.start);
+            for inner in pieces(b.rows, PIECE[0]) {
+                let part = b.rows(inner.clone()).columns(columns.clone());
+                part.copy_row_major(&mut piece);
+                let part = Matrix::of(&piece, part.rows, part.columns);
+                let add = add || inner.start > 0;
+                call_gemm(a.columns(inner), part, out, stride, add);
+            }
         }
     }
+}
+
+/// Columns of a product for which the gemm crate reads the rows of a transposed `a` where they are: two of its tiles of
+/// AVX-512. For more it copies them, six elements at a time.
+fn columns_without_copy() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        return 128;
+    }
+    usize::MAX
 }
 
 /// The product into rows of `out` that are `stride` apart.

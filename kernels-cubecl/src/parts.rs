@@ -149,6 +149,12 @@ pub(crate) fn by_panels<T: Scalar>(
     out
 }
 
+/// Ranges of `size` that cover `0..length`, the last one shorter.
+pub(crate) fn pieces(length: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let starts = (0..length).step_by(size);
+    starts.map(move |start| start..length.min(start.saturating_add(size)))
+}
+
 fn fresh<T>(out: &mut Vec<T>, length: usize) -> &mut [MaybeUninit<T>] {
     &mut out.spare_capacity_mut()[..length]
 }

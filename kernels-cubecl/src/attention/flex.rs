@@ -12,7 +12,7 @@ use super::{AttentionGrad, AttentionOps, Inputs, Sizes};
 use crate::{
     flex::{FlexFloat, contiguous, dims, elements, float_tensor, indices},
     gemm::{Into, Matrix, multiply},
-    parts::by_parts,
+    parts::{by_parts, pieces},
     vector::{dot, exp, max, sum, vectorized},
 };
 
@@ -58,7 +58,7 @@ impl AttentionGrad for Flex {
             let k_transposed = all.matrix(&k).transposed().row_major();
             let k_transposed = Matrix::of(&k_transposed, all.key(), length);
             let mut scores = vec![0f32; BLOCK.min(length) * length];
-            for block in blocks(length) {
+            for block in pieces(length, BLOCK) {
                 let keys = block.end;
                 let scores = &mut scores[..block.len() * keys];
                 let q = q.rows(block.clone());
@@ -123,7 +123,7 @@ impl AttentionGrad for Flex {
             let mut grad_v = vec![0f32; length * value];
             let mut p = vec![0f32; BLOCK.min(length) * length];
             let mut ds = p.clone();
-            for block in blocks(length) {
+            for block in pieces(length, BLOCK) {
                 let (rows, keys) = (block.len(), block.end);
                 let (p, ds) = (&mut p[..rows * keys], &mut ds[..rows * keys]);
                 let (q, k) = (q.rows(block.clone()), k.rows(0..keys));
@@ -372,12 +372,6 @@ impl<'a> Heads<'a> {
     fn position(&self, row: usize) -> (usize, usize) {
         (row / self.length, row % self.length)
     }
-}
-
-fn blocks(length: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..length)
-        .step_by(BLOCK)
-        .map(move |start| start..(start + BLOCK).min(length))
 }
 
 /// Turns a row of scores into probabilities, zero where the query does not see.

@@ -13,6 +13,7 @@ use super::{Layout, Sizes, Span};
 use crate::{
     flex::{FlexFloat, contiguous, elements, float_tensor},
     gemm::{Into, Matrix, WORTH, multiply},
+    parts::pieces,
     vector::{LANES, exp, multiplies_and_adds, vectorized},
 };
 
@@ -112,11 +113,6 @@ impl Part<'_> {
     fn end(&self) -> usize {
         self.span.start + self.queries.end
     }
-}
-
-fn pieces(length: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
-    let starts = (0..length).step_by(size);
-    starts.map(move |start| start..length.min(start + size))
 }
 
 struct Inputs<'a> {
