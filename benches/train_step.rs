@@ -8,7 +8,7 @@ use std::time::Instant;
 use burn::{
     module::Module,
     optim::{GradientsParams, ModuleOptimizer},
-    tensor::{Device, Int, Tensor, TensorData},
+    tensor::{Device, Distribution, Int, Tensor, TensorData},
 };
 use clap::{Parser, ValueEnum};
 use deepburn_kernels::{awake::awake, compact::CompactFormat};
@@ -183,8 +183,36 @@ fn training(config: &ModelConfig, args: &Args, device: &Device) {
          {optimizer:.0} ms)",
         args.sequences,
         args.length,
-        (args.sequences * args.length) as f64 / median(whole)
+        (args.sequences * args.length) as f64 / median(whole.clone())
     );
+    let (products, limit) = (products(config, &model, args), product_rate(&device));
+    println!(
+        "products of a step: {products:.0} GFLOP, at {:.0}% of the rate of one large product, {limit:.0} GFLOP/s",
+        100.0 * products / median(whole) / limit
+    );
+}
+
+/// Billions of operations of a step's matrix products: six for each token and weight that it meets, and attention to half
+/// of the positions.
+fn products(config: &ModelConfig, model: &Transformer, args: &Args) -> f64 {
+    let active = parameters::ParameterCount::of(&parameters::list(model), config).active();
+    let of_head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim;
+    let attention = config.num_attention_heads * of_head * (args.length + 1) / 2;
+    let of_token = active + config.num_hidden_layers * attention;
+    (6 * args.sequences * args.length * of_token) as f64 / 1e9
+}
+
+/// Billions of operations per second of a product of square matrices of 1024 rows, the best of some.
+fn product_rate(device: &Device) -> f64 {
+    const SIDE: usize = 1024;
+    let device = device.clone().inner();
+    let matrix = Tensor::<2>::random([SIDE, SIDE], Distribution::Default, &device);
+    let seconds = (0..20).map(|_| {
+        let started = Instant::now();
+        let _ = matrix.clone().matmul(matrix.clone()).into_data();
+        started.elapsed().as_secs_f64()
+    });
+    2.0 * SIDE.pow(3) as f64 / seconds.fold(f64::INFINITY, f64::min) / 1e9
 }
 
 fn decoding(
