@@ -109,7 +109,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// Whether [`f32::mul_add`] is an instruction in [`vectorized`] code. Where it is not, it is a function call.
 pub(crate) fn multiplies_and_adds() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return std::arch::is_x86_feature_detected!("fma");
+    return pulp::x86::V3::try_new().is_some();
     #[cfg(not(target_arch = "x86_64"))]
     return cfg!(target_arch = "aarch64");
 }
