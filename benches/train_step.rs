@@ -177,18 +177,19 @@ fn training(config: &ModelConfig, args: &Args, device: &Device) {
     let whole: Vec<f64> = (0..parts[0].len())
         .map(|i| parts.iter().map(|part| part[i]).sum())
         .collect();
+    let whole = median(whole);
     let [forward, backward, optimizer] = parts.map(|part| 1e3 * median(part));
     println!(
         "training {} x {}: {:.0} tokens/s (forward {forward:.0} ms, backward {backward:.0} ms, optimizer \
          {optimizer:.0} ms)",
         args.sequences,
         args.length,
-        (args.sequences * args.length) as f64 / median(whole.clone())
+        (args.sequences * args.length) as f64 / whole
     );
     let (products, limit) = (products(config, &model, args), product_rate(&device));
     println!(
         "products of a step: {products:.0} GFLOP, at {:.0}% of the rate of one large product, {limit:.0} GFLOP/s",
-        100.0 * products / median(whole) / limit
+        100.0 * products / whole / limit
     );
 }
 

@@ -184,11 +184,10 @@ fn by_columns<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
     let work = a.rows * a.columns * b.columns;
     let parts = (work / WORTH).clamp(1, rayon::current_num_threads());
     let width = b.columns.div_ceil(parts).next_multiple_of(VECTORS);
-    let panels: Vec<Panel> = (0..b.columns)
-        .step_by(width)
-        .map(|start| Panel {
+    let panels: Vec<Panel> = pieces(b.columns, width)
+        .map(|columns| Panel {
             rows: 0..a.rows,
-            columns: start..b.columns.min(start + width),
+            columns,
         })
         .collect();
     by_panels([a.rows, b.columns], &panels, |at, out| {

@@ -23,7 +23,7 @@ use crate::{
     flex::{FlexFloat, contiguous, dims, elements, float_tensor, is_native_f32},
     gemm::{Into, Matrix, multiply, multiply_fresh},
     grouped_gemm::{GroupedGemmGrad, flex::segments, grouped_matmul},
-    parts::{by_fresh_rows, zeroed},
+    parts::{by_rows, zeroed},
     swiglu::{gate, gate_grad, swiglu},
     vector::vectorized,
     weight_grad::Weight,
@@ -203,7 +203,7 @@ fn of_segments<const N: usize>(
     fill: impl for<'a> Fn(usize, [&'a mut [MaybeUninit<f32>]; N]) -> [&'a mut [f32]; N] + Sync,
 ) -> [FlexFloat; N] {
     let rows: Vec<usize> = segments.iter().map(Range::len).collect();
-    let all = by_fresh_rows(&rows, widths, fill);
+    let all = by_rows(&rows, widths, fill);
     let mut widths = widths.into_iter();
     all.map(|elements| {
         let width = widths.next().expect("as many");

@@ -56,26 +56,18 @@ pub(crate) fn by_sizes<T: Scalar>(
     sizes: &[usize],
     fill: impl Fn(usize, &mut [T]) + Sync,
 ) -> Vec<T> {
-    let [out] = by_rows(sizes, [1], |part, [out]: [&mut [T]; 1]| fill(part, out));
+    let [out] = by_rows(sizes, [1], |part, [out]| {
+        let out = zeroed(out);
+        fill(part, out);
+        [out]
+    });
     out
 }
 
-/// Matrices of the given widths, in parts that are some rows of each of them. The parts follow each other, and each is
-/// filled as in [`by_parts`]; those of most rows are begun first, so that threads end together.
+/// Matrices of the given widths, in parts that are some rows of each of them and follow each other. `fill` gets the elements
+/// of a part, which are not written yet, and returns them, written. Parts of most rows are begun first, so that threads
+/// end together.
 pub(crate) fn by_rows<T: Scalar, const N: usize>(
-    rows: &[usize],
-    widths: [usize; N],
-    fill: impl Fn(usize, [&mut [T]; N]) + Sync,
-) -> [Vec<T>; N] {
-    by_fresh_rows(rows, widths, |part, elements| {
-        let mut elements = elements.map(zeroed);
-        fill(part, elements.each_mut().map(|elements| &mut **elements));
-        elements
-    })
-}
-
-/// As [`by_rows`], of elements that are not written yet: `fill` returns what it gets, written.
-pub(crate) fn by_fresh_rows<T: Scalar, const N: usize>(
     rows: &[usize],
     widths: [usize; N],
     fill: impl for<'a> Fn(usize, [&'a mut [MaybeUninit<T>]; N]) -> [&'a mut [T]; N] + Sync,
@@ -185,9 +177,11 @@ mod tests {
         assert_eq!((first, second), (vec![0.0, 0.0, 1.0], vec![5.0, 0.0, 5.0]));
         let out = by_sizes(&[2, 0, 1], |part, out: &mut [f32]| out.fill(part as f32));
         assert_eq!(out, [0.0, 0.0, 2.0]);
-        let [narrow, wide] = by_rows(&[1, 2], [1, 2], |part, [narrow, wide]: [&mut [f32]; 2]| {
+        let [narrow, wide] = by_rows(&[1, 2], [1, 2], |part, all| {
+            let [narrow, wide] = all.map(zeroed);
             narrow.fill(part as f32);
             wide[0] = 3.0;
+            [narrow, wide]
         });
         assert_eq!(narrow, [0.0, 1.0, 1.0]);
         assert_eq!(wide, [3.0, 0.0, 3.0, 0.0, 0.0, 0.0]);

@@ -11,7 +11,7 @@ use super::{GroupedGemmGrad, GroupedGemmOps};
 use crate::{
     flex::{FlexInt, Scalar, contiguous, dims, elements, float_tensor, indices, with_scalar},
     gemm::{Matrix, multiply_fresh},
-    parts::{by_fresh_rows, zeroed},
+    parts::{by_rows, zeroed},
 };
 
 impl GroupedGemmOps for Flex {
@@ -56,7 +56,7 @@ impl GroupedGemmGrad for Flex {
         let (x, grad, segments) = (contiguous(x), contiguous(grad), segments(&counts, rows));
         with_scalar!(x, T => {
             let (x, grad) = (elements::<T>(&x), elements::<T>(&grad));
-            let [out] = by_fresh_rows(&vec![k; experts], [n], |expert, [out]| {
+            let [out] = by_rows(&vec![k; experts], [n], |expert, [out]| {
                 let rows = &segments[expert];
                 let x = Matrix::of(&x[rows.start * k..], rows.len(), k).transposed();
                 let grad = Matrix::of(&grad[rows.start * n..], rows.len(), n);
@@ -75,7 +75,7 @@ fn by_segment<'a, T: Scalar>(
     weight: impl Fn(usize) -> Matrix<'a, T> + Sync,
 ) -> Vec<T> {
     let rows: Vec<usize> = segments.iter().map(Range::len).collect();
-    let [out] = by_fresh_rows(&rows, [width], |expert, [out]| {
+    let [out] = by_rows(&rows, [width], |expert, [out]| {
         if expert + 1 == segments.len() {
             return [zeroed(out)];
         }
