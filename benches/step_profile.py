@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where a training step's time goes: a table by operation and a flame graph.
 
-    python3 benches/profile.py --out benches/results/NAME
+    python3 benches/step_profile.py --out benches/results/NAME
 
 Runs train_step.rs under perf (Debian: linux-perf), samples both threads with their stacks, and writes profile.md and
 flamegraph.svg, of the measured steps only. Names of operations are those of kernels-cubecl. The machine should be idle.
@@ -173,7 +173,7 @@ def main():
     lines = [
         "# Where a training step's time goes",
         "",
-        f"[profile.py](../../profile.py) at commit {commit()}: {len(stacks)} samples of {args.steps} steps, "
+        f"[step_profile.py](../../step_profile.py) at commit {commit()}: {len(stacks)} samples of {args.steps} steps, "
         f"{args.threads} threads of {processor()}.",
         "",
         "```",
