@@ -24,7 +24,7 @@ use crate::{
     gemm::{Into, Matrix, multiply, multiply_fresh},
     grouped_gemm::{GroupedGemmGrad, flex::segments, grouped_matmul},
     parts::{by_rows, zeroed},
-    swiglu::{gate, gate_grad, swiglu},
+    swiglu::{gate, gate_and_grads, swiglu},
     vector::vectorized,
     weight_grad::Weight,
 };
@@ -173,9 +173,13 @@ impl GroupedSwigluGrad for Flex {
             let d_up = multiply_fresh(grad, down_proj, d_up);
             let (d_gated, hidden_rows) = (zeroed(d_gated), zeroed(hidden_rows));
             let part = rows.start * hidden..rows.end * hidden;
-            let (gated, up) = (&gated[part.clone()], &up[part]);
-            vectorized!(gate(gated, up, hidden_rows));
-            vectorized!(gate_grad(gated, up, d_gated, d_up));
+            let inputs = gated[part.clone()].iter().zip(&up[part]);
+            vectorized!({
+                let outputs = d_gated.iter_mut().zip(&mut *d_up).zip(&mut *hidden_rows);
+                for ((&gated, &up), ((d_gated, d_up), hidden)) in inputs.clone().zip(outputs) {
+                    [*hidden, *d_gated, *d_up] = gate_and_grads(gated, up, *d_up);
+                }
+            });
             let of_hidden = |values| Matrix::of(values, rows.len(), hidden);
             let dx = multiply_fresh(of_hidden(&*d_gated), gate_proj, dx);
             multiply(of_hidden(&*d_up), up_proj, dx, Into::Add);

@@ -96,7 +96,7 @@ impl SwigluGrad for Flex {
 #[inline(always)]
 pub(crate) fn gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate * sigmoid(gate) * up;
+        [*out, ..] = gate_and_grads(gate, up, 0.0);
     }
 }
 
@@ -106,10 +106,20 @@ pub(crate) fn gate_grad(gate: &[f32], up: &[f32], grad_gate: &mut [f32], grad_up
     let inputs = gate.iter().zip(up);
     let outputs = grad_gate.iter_mut().zip(grad_up);
     for ((&gate, &up), (grad_gate, grad_up)) in inputs.zip(outputs) {
-        let (grad, s) = (*grad_up, sigmoid(gate));
-        *grad_up = grad * gate * s;
-        *grad_gate = grad * up * s * (1.0 + gate * (1.0 - s));
+        [_, *grad_gate, *grad_up] = gate_and_grads(gate, up, *grad_up);
     }
+}
+
+/// `silu(gate) * up` and its gradients with respect to both, given that of the result.
+#[inline(always)]
+pub(crate) fn gate_and_grads(gate: f32, up: f32, grad: f32) -> [f32; 3] {
+    let s = sigmoid(gate);
+    let silu = gate * s;
+    [
+        silu * up,
+        grad * up * s * (1.0 + gate * (1.0 - s)),
+        grad * silu,
+    ]
 }
 
 #[derive(Debug)]

@@ -13,6 +13,7 @@ use crate::{
         with_scalar,
     },
     parts::by_parts,
+    vector::vectorized,
 };
 
 impl PermuteOps for Flex {
@@ -63,7 +64,7 @@ impl PermuteOps for Flex {
     ) -> FloatTensor<Self> {
         let [tokens, k] = dims(&slots);
         let (x, order) = (contiguous(x), indices(&order));
-        with_scalar!(x, T => fill_rows(&x, order.len(), |values: &[T], width, row, out| {
+        with_scalar!(x, T => fill_rows(&x, order.len(), #[inline(always)] |values: &[T], width, row, out| {
             if order[row] < tokens * k {
                 out.copy_from_slice(row_of(values, width, order[row] / k));
             }
@@ -80,7 +81,7 @@ impl PermuteOps for Flex {
         let (y, weights, slots) = (contiguous(y), contiguous(weights), indices(&slots));
         with_scalar!(y, T => {
             let weights = elements::<T>(&weights);
-            fill_rows(&y, tokens, |values: &[T], width, token, out| {
+            fill_rows(&y, tokens, #[inline(always)] |values: &[T], width, token, out| {
                 for pair in token * k..(token + 1) * k {
                     add_scaled(out, row_of(values, width, slots[pair]), weights[pair]);
                 }
@@ -93,7 +94,7 @@ impl PermuteGrad for Flex {
     fn permute_rows_grad(grad: FloatTensor<Self>, slots: IntTensor<Self>) -> FloatTensor<Self> {
         let [tokens, k] = dims(&slots);
         let (grad, slots) = (contiguous(grad), indices(&slots));
-        with_scalar!(grad, T => fill_rows(&grad, tokens, |values: &[T], width, token, out| {
+        with_scalar!(grad, T => fill_rows(&grad, tokens, #[inline(always)] |values: &[T], width, token, out| {
             for &slot in &slots[token * k..(token + 1) * k] {
                 add_scaled(out, row_of(values, width, slot), T::ONE);
             }
@@ -113,7 +114,7 @@ impl PermuteGrad for Flex {
         with_scalar!(y, T => {
             let [_, width] = dims(&y);
             let (y, weights) = (elements::<T>(&y), elements::<T>(&weights));
-            let grad_y = fill_rows(&grad, order.len(), |values: &[T], width, row, out| {
+            let grad_y = fill_rows(&grad, order.len(), #[inline(always)] |values: &[T], width, row, out| {
                 let pair = order[row];
                 if pair < weights.len() {
                     add_scaled(out, row_of(values, width, pair / k), weights[pair]);
@@ -143,17 +144,21 @@ fn fill_rows<T: Scalar>(
     let [_, width] = dims(source);
     let values = elements::<T>(source);
     let (out, _) = by_parts(rows * width, CHUNK * width, |chunk, out| {
-        for (offset, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
-            fill(values, width, chunk * CHUNK + offset, out);
-        }
+        vectorized!(
+            for (offset, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
+                fill(values, width, chunk * CHUNK + offset, out);
+            }
+        );
     });
     float_tensor(out, [rows, width])
 }
 
+#[inline(always)]
 fn row_of<T>(values: &[T], width: usize, row: usize) -> &[T] {
     &values[row * width..(row + 1) * width]
 }
 
+#[inline(always)]
 fn add_scaled<T: Scalar>(out: &mut [T], row: &[T], scale: T) {
     for (out, &value) in out.iter_mut().zip(row) {
         *out += scale * value;
