@@ -54,7 +54,7 @@ pub(crate) fn prepared(dir: &Path) {
         warmup_steps = 3
         [validation]
         interval = 10
-        windows = 4
+        windows = 7
         [checkpoint]
         interval = 10
         "#,

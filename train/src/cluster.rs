@@ -319,12 +319,10 @@ fn train(
     let (config, device) = (job.config, &job.device);
     let done = beginning.done();
     let (train, valid) = run::loaders(config, job.data, done)?;
-    let mesh = rank.arrangement().mesh;
-    let train = train.grouped(
-        config.batch.accumulation,
-        rank.pipeline(),
-        mesh.data * mesh.expert,
-    );
+    let pipelines = rank.arrangement().mesh.pipelines();
+    let train = train.grouped(config.batch.accumulation, rank.pipeline(), pipelines);
+    // They divide batches of as many windows as each can take.
+    let valid = valid.grouped(pipelines, 0, 1);
     let plan = Plan {
         config: config.clone(),
         shape: job.shape.clone(),

@@ -554,7 +554,7 @@ impl TrainConfig {
 
     /// Micro-batches of each pipeline in a step.
     pub fn micro_batches_per_pipeline(&self) -> usize {
-        self.batch.accumulation / (self.parallel.data * self.parallel.expert)
+        self.batch.accumulation / self.parallel.mesh().pipelines()
     }
 
     /// Tokens predicted per optimizer step.

@@ -4,6 +4,7 @@
 //! optimizer step, the selection biases and snapshots of the optimizer's state all happen there.
 
 use std::{
+    ops::Range,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
 };
@@ -45,20 +46,28 @@ impl Batch {
             .sum()
     }
 
+    /// Some of the windows.
+    pub(crate) fn part(&self, windows: Range<usize>) -> Self {
+        Self {
+            windows: self.windows[windows].to_vec(),
+            document_end: self.document_end,
+        }
+    }
+
     /// On a device, in micro-batches of `sequences` windows.
     pub(crate) fn micro_batches(&self, sequences: usize, device: &Device) -> Vec<Windows> {
-        let micro_batches = self.windows.chunks(sequences);
-        let on_device = |windows: &[Vec<u32>]| {
-            let batch = Self {
-                windows: windows.to_vec(),
-                document_end: self.document_end,
-            };
-            Windows {
-                tokens: batch.tokens(device),
-                first: batch.first(device),
-            }
-        };
-        micro_batches.map(on_device).collect()
+        let all = self.windows.len();
+        let starts = (0..all).step_by(sequences);
+        let micro_batches = starts.map(|start| self.part(start..all.min(start + sequences)));
+        micro_batches.map(|batch| batch.on(device)).collect()
+    }
+
+    /// On a device.
+    pub(crate) fn on(&self, device: &Device) -> Windows {
+        Windows {
+            tokens: self.tokens(device),
+            first: self.first(device),
+        }
     }
 
     fn tokens(&self, device: &Device) -> Tensor<2, Int> {

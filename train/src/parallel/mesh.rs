@@ -93,6 +93,11 @@ impl Mesh {
         self.data * self.pipeline * self.expert
     }
 
+    /// Number of pipelines, among which the windows of a step are divided.
+    pub fn pipelines(self) -> usize {
+        self.data * self.expert
+    }
+
     /// The rank at a place. Those that exchange most are neighbours and so on one node: experts first, then stages.
     pub fn rank(self, place: Place) -> usize {
         (place.data * self.pipeline + place.pipeline) * self.expert + place.expert

@@ -276,18 +276,37 @@ impl Rank {
         StepReport::mean(&reports.collect::<Vec<_>>())
     }
 
+    /// Every pipeline takes as many windows of the batch as the others; what is left over, all of them do.
     fn evaluate(
         &self,
         part: &Part,
         batch: &Batch,
         weights: LossWeights,
     ) -> Result<StepReport, CommError> {
-        let windows = batch.micro_batches(batch.windows.len(), &part.device());
-        let voices = self.voices();
-        let losses = self.share(part, &voices, weights).evaluate(&windows[0]);
-        let losses = self.checked(losses)?;
-        let all = self.losses(voices.pipeline.as_ref(), 0, vec![losses], 1)?;
-        Ok(self.report(&all, batch.predicted(), weights))
+        let pipelines = self.arrangement().mesh.pipelines();
+        let (own, voices) = (self.pipeline(), self.voices());
+        let each = batch.windows.len() / pipelines;
+        let mut reports = Vec::new();
+        let mut evaluate = |windows: Range<usize>, ranks: &dyn Communicator, first, count| {
+            let batch = batch.part(windows);
+            let windows = batch.on(&part.device());
+            let losses = self.share(part, &voices, weights).evaluate(&windows);
+            let losses = self.checked(losses)?;
+            let all = self.losses(ranks, first, vec![losses], count)?;
+            reports.push(self.report(&all, batch.predicted(), weights));
+            Ok::<_, CommError>(())
+        };
+        if each > 0 {
+            let windows = own * each..(own + 1) * each;
+            evaluate(windows, voices.world.as_ref(), own, pipelines)?;
+        }
+        let end = batch.windows.len();
+        let sequences = self.arrangement().sequences;
+        for start in (each * pipelines..end).step_by(sequences) {
+            let windows = start..end.min(start + sequences);
+            evaluate(windows, voices.pipeline.as_ref(), 0, 1)?;
+        }
+        Ok(StepReport::mean(&reports))
     }
 
     /// The names, over all ranks, of parameters whose gradients are not finite.
