@@ -181,8 +181,9 @@ const FEW: usize = 16;
 fn by_columns<T: Scalar>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
     /// Columns of a part are a multiple of it: whole vectors.
     const VECTORS: usize = 64;
-    let work = a.rows * a.columns * b.columns;
-    let parts = (work / WORTH).clamp(1, rayon::current_num_threads());
+    /// Elements of `b` whose reading is worth another thread: some microseconds.
+    const READ: usize = 1 << 14;
+    let parts = (b.rows * b.columns / READ).clamp(1, rayon::current_num_threads());
     let width = b.columns.div_ceil(parts).next_multiple_of(VECTORS);
     let panels: Vec<Panel> = pieces(b.columns, width)
         .map(|columns| Panel {
