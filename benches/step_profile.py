@@ -5,6 +5,7 @@
 
 Runs train_step.rs under perf (Debian: linux-perf), samples both threads with their stacks, and writes profile.md and
 flamegraph.svg, of the measured steps only. Names of operations are those of kernels-cubecl. The machine should be idle.
+A file profile.py would hide the module of that name from torch in peer_torch.py.
 """
 
 import argparse

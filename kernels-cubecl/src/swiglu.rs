@@ -81,8 +81,13 @@ impl SwigluGrad for Flex {
         let fill = |part: usize, grad_gate: &mut [f32], grad_up: &mut [f32]| {
             let part = part * CHUNK..part * CHUNK + grad_up.len();
             grad_up.copy_from_slice(&grad[part.clone()]);
-            let (gate, up) = (&gate[part.clone()], &up[part]);
-            vectorized!(gate_grad(gate, up, grad_gate, grad_up));
+            let inputs = gate[part.clone()].iter().zip(&up[part]);
+            vectorized!({
+                let outputs = grad_gate.iter_mut().zip(&mut *grad_up);
+                for ((&gate, &up), (grad_gate, grad_up)) in inputs.clone().zip(outputs) {
+                    [_, *grad_gate, *grad_up] = gate_and_grads(gate, up, *grad_up);
+                }
+            });
         };
         let [grad_gate, grad_up] = two_by_parts(gate.len(), CHUNK, fill);
         (
@@ -96,17 +101,7 @@ impl SwigluGrad for Flex {
 #[inline(always)]
 pub(crate) fn gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        [*out, ..] = gate_and_grads(gate, up, 0.0);
-    }
-}
-
-/// The gradients of [`gate`] with respect to its inputs. The second replaces what it is given, the gradient of the output.
-#[inline(always)]
-pub(crate) fn gate_grad(gate: &[f32], up: &[f32], grad_gate: &mut [f32], grad_up: &mut [f32]) {
-    let inputs = gate.iter().zip(up);
-    let outputs = grad_gate.iter_mut().zip(grad_up);
-    for ((&gate, &up), (grad_gate, grad_up)) in inputs.zip(outputs) {
-        [_, *grad_gate, *grad_up] = gate_and_grads(gate, up, *grad_up);
+        *out = gate * sigmoid(gate) * up;
     }
 }
 

@@ -54,12 +54,13 @@ impl Batch {
         }
     }
 
-    /// On a device, in micro-batches of `sequences` windows.
-    pub(crate) fn micro_batches(&self, sequences: usize, device: &Device) -> Vec<Windows> {
-        let all = self.windows.len();
-        let starts = (0..all).step_by(sequences);
-        let micro_batches = starts.map(|start| self.part(start..all.min(start + sequences)));
-        micro_batches.map(|batch| batch.on(device)).collect()
+    /// Parts of `sequences` windows, the last one smaller.
+    pub(crate) fn parts(&self, sequences: usize) -> impl Iterator<Item = Self> {
+        let windows = self.windows.chunks(sequences);
+        windows.map(|windows| Self {
+            windows: windows.to_vec(),
+            document_end: self.document_end,
+        })
     }
 
     /// On a device.

@@ -178,7 +178,10 @@ impl Rank {
         weights: LossWeights,
     ) -> Result<(GradientsParams, StepReport, Vec<Vec<u64>>), CommError> {
         let arrangement = self.arrangement();
-        let windows = batch.micro_batches(arrangement.sequences, &part.device());
+        let micro_batches = batch.parts(arrangement.sequences);
+        let windows: Vec<_> = micro_batches
+            .map(|batch| batch.on(&part.device()))
+            .collect();
         let voices = self.voices();
         let executed = self.share(part, &voices, weights).train(&windows);
         let Executed {
@@ -287,8 +290,7 @@ impl Rank {
         let (own, voices) = (self.pipeline(), self.voices());
         let each = batch.windows.len() / pipelines;
         let mut reports = Vec::new();
-        let mut evaluate = |windows: Range<usize>, ranks: &dyn Communicator, first, count| {
-            let batch = batch.part(windows);
+        let mut evaluate = |batch: Batch, ranks: &dyn Communicator, first, count| {
             let windows = batch.on(&part.device());
             let losses = self.share(part, &voices, weights).evaluate(&windows);
             let losses = self.checked(losses)?;
@@ -297,14 +299,12 @@ impl Rank {
             Ok::<_, CommError>(())
         };
         if each > 0 {
-            let windows = own * each..(own + 1) * each;
-            evaluate(windows, voices.world.as_ref(), own, pipelines)?;
+            let share = batch.part(own * each..(own + 1) * each);
+            evaluate(share, voices.world.as_ref(), own, pipelines)?;
         }
-        let end = batch.windows.len();
-        let sequences = self.arrangement().sequences;
-        for start in (each * pipelines..end).step_by(sequences) {
-            let windows = start..end.min(start + sequences);
-            evaluate(windows, voices.pipeline.as_ref(), 0, 1)?;
+        let left = batch.part(each * pipelines..batch.windows.len());
+        for left in left.parts(self.arrangement().sequences) {
+            evaluate(left, voices.pipeline.as_ref(), 0, 1)?;
         }
         Ok(StepReport::mean(&reports))
     }
